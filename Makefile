@@ -1,0 +1,61 @@
+# glottoscope: what a person types. `make demo` and `make test` set up what they need.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Another package index for torch, where one is wanted: make setup TORCH_INDEX=URL
+TORCH_INDEX ?=
+PIP_FLAGS := --quiet --disable-pip-version-check -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+
+.PHONY: help setup setup-dev demo demo-full test test-browser lint docs clean
+
+help:
+	@echo "make setup      make the .venv and install glottoscope"
+	@echo "make demo       run the embedded study and print where the report is (about 2 minutes on 2 cores)"
+	@echo "make demo-full  the same with three sizes and the negative control (about 10 minutes)"
+	@echo "make test       run the tests"
+	@echo "make lint       ruff and pyright"
+	@echo "make docs       write docs/configuration.md and docs/tables.md from the code"
+
+setup: $(VENV)/.installed
+setup-dev: $(VENV)/.installed-dev
+
+# Where venv lacks ensurepip (Debian without python3-venv), virtualenv brings its own pip.
+$(BIN)/python:
+	@$(PYTHON) -m venv $(VENV) 2>/dev/null || { \
+	  echo "python -m venv does not work here: using virtualenv"; rm -rf $(VENV); \
+	  $(PYTHON) -m pip install --quiet --target $(VENV)-bootstrap virtualenv && \
+	  PYTHONPATH=$(VENV)-bootstrap $(PYTHON) -m virtualenv --quiet $(VENV) && rm -rf $(VENV)-bootstrap; }
+
+$(VENV)/.installed: $(BIN)/python pyproject.toml constraints.txt
+	@echo "installing glottoscope and what it needs into $(VENV) ..."
+	@$(BIN)/python -m pip install $(PIP_FLAGS) -e .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	@echo "installing what tests and lint need ..."
+	@$(BIN)/python -m pip install $(PIP_FLAGS) -e '.[dev]'
+	@touch $@
+
+demo: setup
+	@$(BIN)/glottoscope demo
+
+demo-full: setup
+	@$(BIN)/glottoscope demo --full
+
+test: setup-dev
+	$(BIN)/python -m pytest tests
+
+# The report opens in a browser without one being needed to make it; a browser of the system is driven here.
+test-browser: setup-dev
+	$(BIN)/python -m pytest tests/browser
+
+lint: setup-dev
+	$(BIN)/ruff check src tests
+	$(BIN)/ruff format --check src tests
+	$(BIN)/pyright
+
+docs: setup
+	$(BIN)/python -m glottoscope.study.reference docs
+
+clean:
+	rm -rf $(VENV) $(VENV)-bootstrap build src/*.egg-info .pytest_cache .ruff_cache .hypothesis

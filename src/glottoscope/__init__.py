@@ -1,0 +1,1 @@
+"""glottoscope: how language lives inside a language model, and how it came to."""

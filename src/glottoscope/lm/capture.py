@@ -1,0 +1,95 @@
+"""Hidden states of chosen layers in one forward pass, by hooks that accept what any transformers version hands over.
+
+`output_hidden_states` is never used: its last entry is post-norm, and it keeps every layer.
+Shape legend: B sequences, T positions, D d_model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from glottoscope.errors import InputError
+from glottoscope.lm.layers import decoder_blocks
+
+
+class _AllCaptured(Exception):
+    """Ends a forward pass whose remaining blocks nobody needs."""
+
+
+def capture(
+    model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, layers: Sequence[int], *, stop: bool = True
+) -> dict[int, Tensor]:
+    """Hidden states of `layers`: 0 the input of the first block, L the output of block L, before the final norm.
+
+    Args:
+        input_ids: LongTensor [B, T].
+        attention_mask: [B, T], nonzero at real tokens; padding may be on either side and never changes the states of
+            real tokens.
+        stop: end the pass after the highest layer asked for (the same states, less work).
+
+    Returns:
+        layer -> [B, T, D] in the model's dtype, without gradient; states at padding mean nothing.
+
+    Raises:
+        InputError: a layer beyond the model.
+    """
+    blocks = decoder_blocks(model)
+    outside = [layer for layer in layers if not 0 <= layer <= len(blocks)]
+    if outside:
+        raise InputError(f"layer {outside[0]} does not exist: the model has {len(blocks)} layers, use 0..{len(blocks)}")
+    if not layers:
+        return {}
+    last = max(layers)
+    states: dict[int, Tensor] = {}
+
+    def keep(layer: int, state: Tensor) -> None:
+        states[layer] = state
+        if stop and layer == last:
+            raise _AllCaptured
+
+    handles = []
+    try:
+        for layer in sorted(set(layers)):
+            if layer == 0:
+                handles.append(blocks[0].register_forward_pre_hook(_input_hook(keep), with_kwargs=True))
+            else:
+                handles.append(blocks[layer - 1].register_forward_hook(_output_hook(keep, layer)))
+        with torch.no_grad(), contextlib.suppress(_AllCaptured):
+            model.base_model(input_ids=input_ids, **forward_arguments(model, attention_mask))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {layer: states[layer] for layer in layers}
+
+
+def forward_arguments(model: PreTrainedModel, attention_mask: Tensor) -> dict[str, Any]:
+    """Keyword arguments of a cache-free forward pass of the base model.
+
+    Positions count real tokens only, as `generate` counts them, so that left padding does not shift them; models
+    without `position_ids` (ALiBi) derive them from the mask themselves.
+    """
+    arguments: dict[str, Any] = {"attention_mask": attention_mask.long(), "use_cache": False}
+    if "position_ids" in inspect.signature(model.base_model.forward).parameters:
+        arguments["position_ids"] = (arguments["attention_mask"].cumsum(-1) - 1).clamp_min(0)
+    return arguments
+
+
+def _input_hook(keep: Callable[[int, Tensor], None]) -> Callable[..., None]:
+    def hook(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        keep(0, args[0] if args else kwargs["hidden_states"])
+
+    return hook
+
+
+def _output_hook(keep: Callable[[int, Tensor], None], layer: int) -> Callable[..., None]:
+    def hook(module: torch.nn.Module, args: tuple[Any, ...], output: Tensor | tuple[Any, ...]) -> None:
+        keep(layer, output[0] if isinstance(output, tuple) else output)  # a tuple before transformers 5
+
+    return hook

@@ -1,0 +1,253 @@
+"""Pre-training of a small Llama from scratch, with checkpoints at chosen steps: one story from the first weight to the
+log.
+
+The recipe is nanoGPT's (AdamW (0.9, 0.95), warm-up, cosine to a tenth, clipping, no decay on embeddings and norms)
+with two settings of the embedded study: embeddings start at std 0.1 and learn at twice the rate, or the residual
+stream of so small a model overwrites them and nothing aligns. The model is an ordinary `LlamaForCausalLM` all the way;
+only its forward pass is taken over while training (`training_forward`, same mathematics).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from glottoscope.errors import InputError, NonFiniteError
+from glottoscope.lm.training_forward import next_token_loss, rotary_tables
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True)
+class LlamaShape:
+    """Architecture of the model to train.
+
+    Raises:
+        InputError: the width is no multiple of the number of heads, or the head width is odd (rotary embeddings pair
+            dimensions).
+    """
+
+    d_model: int
+    vocab_size: int
+    context_length: int
+    n_layers: int = 4
+    n_heads: int | None = None  # None: max(2, d_model // 32)
+    mlp_width: int | None = None  # None: 8/3 d_model, rounded to a multiple of 8 (Llama's ratio)
+    tie: bool = False  # LLM-jp-3 unties embeddings and head
+    bos_id: int | None = None
+    eos_id: int | None = None
+    pad_id: int | None = None  # as a target it carries no loss; only right padding is allowed
+
+    def __post_init__(self) -> None:
+        if self.d_model % self.heads or self.d_model // self.heads % 2:
+            raise InputError(
+                f"d_model {self.d_model} with n_heads {self.heads}: choose an even multiple of the number of heads"
+            )
+
+    @property
+    def heads(self) -> int:
+        return self.n_heads if self.n_heads is not None else max(2, self.d_model // 32)
+
+    @property
+    def mlp(self) -> int:
+        return self.mlp_width if self.mlp_width is not None else max(8, 8 * round(self.d_model / 3))
+
+
+@dataclass(frozen=True, slots=True)
+class PretrainSettings:
+    """Optimisation. A checkpoint at step s is the model after s updates; 0 is the initial model."""
+
+    steps: int
+    lr: float
+    warmup_steps: int
+    batch_size: int = 16  # sequences per update
+    min_lr_ratio: float = 0.1  # the cosine ends there
+    weight_decay: float = 0.1  # none on embeddings and norms
+    clip: float = 1.0  # largest gradient norm
+    betas: tuple[float, float] = (0.9, 0.95)
+    embedding_init_std: float = 0.1
+    embedding_lr_scale: float = 2.0
+    init_std: float = 0.02
+    dtype: str = "float32"  # "bfloat16": matrix products only; weights, residual stream and loss stay float32
+    checkpoint_steps: tuple[int, ...] = ()  # () saves the initial and the last model
+    seed: int = 0  # of the initial weights; the data have their own
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise InputError(f"pretrain dtype {self.dtype!r}: choose one of {', '.join(DTYPES)}")
+        beyond = [step for step in self.checkpoint_steps if not 0 <= step <= self.steps]
+        if beyond:
+            raise InputError(f"checkpoint step {beyond[0]} lies outside 0..{self.steps} (steps = {self.steps})")
+
+    @property
+    def saved_steps(self) -> tuple[int, ...]:
+        return tuple(sorted(set(self.checkpoint_steps))) or tuple(sorted({0, self.steps}))
+
+
+def log_spaced(steps: int, n: int) -> tuple[int, ...]:
+    """At most `n` distinct steps: 0, then 1 to `steps` evenly spaced in log step (n = 2: 0 and `steps`; n = 1:
+    `steps`).
+
+    Rounding to whole steps merges some of the early ones when n is large for `steps`, so fewer may come back.
+    """
+    if n == 1 or steps == 0:
+        return (steps,)
+    return tuple(sorted({0, *(round(float(step)) for step in np.geomspace(steps, 1, n - 1))}))
+
+
+def learning_rate(settings: PretrainSettings, update: int) -> float:
+    """Learning rate of update `update` (0-based): linear warm-up, then a cosine to `min_lr_ratio` at the last
+    update."""
+    if update < settings.warmup_steps:
+        return settings.lr * (update + 1) / settings.warmup_steps
+    done = (update - settings.warmup_steps + 1) / max(1, settings.steps - settings.warmup_steps)
+    return settings.lr * (settings.min_lr_ratio + (1 - settings.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+def build_model(shape: LlamaShape, settings: PretrainSettings) -> LlamaForCausalLM:
+    """The initial model: every weight drawn from `settings.seed`; torch's global generator is neither used nor
+    moved."""
+    config = LlamaConfig(
+        vocab_size=shape.vocab_size,
+        hidden_size=shape.d_model,
+        intermediate_size=shape.mlp,
+        num_hidden_layers=shape.n_layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.heads,
+        max_position_embeddings=shape.context_length,
+        tie_word_embeddings=shape.tie,
+        bos_token_id=shape.bos_id,
+        eos_token_id=shape.eos_id,
+        pad_token_id=shape.pad_id,
+        initializer_range=settings.init_std,
+        attention_dropout=0.0,
+        use_cache=False,
+    )
+    with torch.random.fork_rng(devices=[]):
+        model = LlamaForCausalLM(config)
+    generator = torch.Generator().manual_seed(settings.seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.fill_(1.0)
+            else:
+                is_embedding = parameter is model.model.embed_tokens.weight
+                std = settings.embedding_init_std if is_embedding else settings.init_std
+                parameter.normal_(0.0, std, generator=generator)
+        if shape.pad_id is not None:
+            model.model.embed_tokens.weight[shape.pad_id] = 0.0
+    return model
+
+
+def make_optimizer(model: LlamaForCausalLM, settings: PretrainSettings) -> torch.optim.AdamW:
+    """AdamW with three groups: matrices (decayed), norms, embeddings; a group's `lr_scale` multiplies the schedule."""
+    embedding = model.model.embed_tokens.weight
+    others = [p for p in model.parameters() if p is not embedding]
+    groups = [
+        {"params": [p for p in others if p.ndim > 1], "weight_decay": settings.weight_decay, "lr_scale": 1.0},
+        {"params": [p for p in others if p.ndim == 1], "weight_decay": 0.0, "lr_scale": 1.0},
+        {"params": [embedding], "weight_decay": 0.0, "lr_scale": settings.embedding_lr_scale},
+    ]
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, fused=True)
+
+
+def pretrain(
+    shape: LlamaShape,
+    settings: PretrainSettings,
+    batch_at: Callable[[int], np.ndarray],
+    save: Callable[[int, LlamaForCausalLM, float], None],
+    evaluate: Callable[[LlamaForCausalLM], dict[str, float]] | None = None,
+    progress: Callable[[int, dict[str, float]], None] | None = None,
+    *,
+    device: str = "cpu",
+) -> pa.Table:
+    """Train a Llama from scratch and save it at `settings.saved_steps`.
+
+    Args:
+        batch_at: token ids [batch_size, T <= context_length] of update s (0-based), right-padded with `shape.pad_id`
+            if at all.
+        save: called as save(step, model, learning rate of the last update; 0.0 at step 0); the model is in eval mode.
+        evaluate: losses by name, measured at every saved step and logged as columns; the model is in eval mode, under
+            no_grad.
+        progress: called after every update with (updates done, the log row).
+
+    Returns:
+        The training log, one row per step 0..steps: step, tokens_seen (positions that are not padding), loss (nats per
+        token, of the batch of the update that led to this step; null at 0), lr and grad_norm (before clipping) of that
+        update (lr 0.0, grad_norm null at 0), and the names `evaluate` gave (null between saved steps).
+
+    Raises:
+        NonFiniteError: the loss or the gradient is NaN or Inf; raised before the update, nothing is saved for that
+            step.
+        InputError: a batch holds a token id outside the vocabulary, or is longer than the context.
+    """
+    model = build_model(shape, settings)
+    model.to(torch.device(device))  # type: ignore[arg-type]
+    optimizer = make_optimizer(model, settings)
+    parameters = list(model.parameters())
+    dtype = DTYPES[settings.dtype]
+    tables = None
+    tokens_seen = 0
+    rows: list[dict[str, float | None]] = []
+    row: dict[str, float | None] = {"step": 0, "tokens_seen": 0, "loss": None, "lr": 0.0, "grad_norm": None}
+    for step in range(settings.steps + 1):  # one turn: keep the model after `step` updates, then make the next update
+        if step in settings.saved_steps:
+            model.eval()
+            if evaluate is not None:
+                with torch.no_grad():
+                    row.update(evaluate(model))
+            save(step, model, float(row["lr"] or 0.0))
+        rows.append(row)
+        if progress is not None and step:
+            progress(step, {name: value for name, value in row.items() if value is not None})
+        if step == settings.steps:
+            break
+
+        tokens_BT = _checked_batch(batch_at(step), shape, step).to(device)
+        if tables is None or tables.cos_TE.shape[0] != tokens_BT.shape[1]:
+            tables = rotary_tables(model, tokens_BT.shape[1], dtype)
+        tokens_seen += int((tokens_BT != shape.pad_id).sum()) if shape.pad_id is not None else tokens_BT.numel()
+        lr = learning_rate(settings, step)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["lr_scale"]
+        optimizer.zero_grad(set_to_none=True)
+        loss = next_token_loss(model, tokens_BT, tables, shape.pad_id)
+        loss.backward()
+        grad_norm = nn.utils.clip_grad_norm_(parameters, settings.clip)
+        measured = {"loss": loss.item(), "grad_norm": grad_norm.item()}
+        for name, value in measured.items():
+            if not math.isfinite(value):
+                raise NonFiniteError(
+                    f"pre-training d_model {shape.d_model}: {name} is {value} at update {step + 1} of {settings.steps}"
+                    f" (lr {lr:.2g}); lower pretrain lr or raise warmup_steps"
+                )
+        row = {"step": step + 1, "tokens_seen": tokens_seen, "lr": lr, **measured}
+        optimizer.step()
+    return _log_table(rows)
+
+
+def _checked_batch(batch: np.ndarray, shape: LlamaShape, step: int) -> torch.Tensor:
+    if batch.shape[1] > shape.context_length:
+        raise InputError(f"batch {step} has {batch.shape[1]} positions, the context_length is {shape.context_length}")
+    largest = int(batch.max())
+    if largest >= shape.vocab_size:
+        raise InputError(
+            f"batch {step} holds token id {largest}, the vocab_size is {shape.vocab_size}: wrong tokenizer?"
+        )
+    return torch.from_numpy(batch.astype(np.int64))
+
+
+def _log_table(rows: list[dict[str, float | None]]) -> pa.Table:
+    evaluated = sorted({name for row in rows for name in row} - {"step", "tokens_seen", "loss", "lr", "grad_norm"})
+    columns: dict[str, pa.Array] = {}
+    for name in ("step", "tokens_seen", "loss", "lr", "grad_norm", *evaluated):
+        kind = pa.int64() if name in ("step", "tokens_seen") else pa.float64()
+        columns[name] = pa.array([row.get(name) for row in rows], kind)
+    return pa.table(columns)

@@ -1,0 +1,394 @@
+"""What every stage needs of a study: its models, its keys, its language models, its token blocks.
+
+A key is a hash over everything that decides an artefact's bytes: settings, the seed, the keys of what it is made from
+and a version number per stage that is raised when its code changes what it writes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from glottoscope.errors import InputError, NonFiniteError
+from glottoscope.study.config import PlantedCorpus, PretrainModel, Study, TextCorpus
+from glottoscope.study.load import corpus_path
+from glottoscope.study.plan import Cell, CheckpointRef, ModelRun, cells_of, expand, layer_groups, seed_for
+from glottoscope.study.store import RunStore, digest, file_digest, read_parquet
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    import torch
+    from transformers import PreTrainedModel
+
+    from glottoscope.corpus.planted import PlantedWorld
+    from glottoscope.corpus.tokens import TokenBlocks
+
+# Raised when a stage's code changes what it writes: artefacts of older code are then made again.
+VERSIONS = {"tokenizer": 1, "pretrain": 1, "tokens": 1, "train": 1, "features": 1, "rulers": 1, "score": 1, "report": 1}
+
+
+@dataclass(frozen=True)
+class TokenInfo:
+    """What the token store says about itself (tokens/info.json)."""
+
+    languages: tuple[str, ...]
+    vocab_size: int
+    bos_id: int | None
+    pad_id: int
+    special_ids: tuple[int, ...]
+    block_length: int
+    counted: dict[str, dict[str, int]]  # split -> language -> counted tokens
+    documents: dict[str, dict[str, int]]  # split -> language -> documents
+    aligned: dict[str, dict[str, int]]  # "dev" | "test" -> pairs, articles, truncated
+    notes: tuple[str, ...] = ()
+
+
+class Vocabulary(NamedTuple):
+    """Per token id: display and counts of the train split, and the planted truth where there is one."""
+
+    text: list[str]
+    piece: list[bytes]
+    has_letters: NDArray[np.bool_]
+    counts: NDArray[np.int64]  # [V, G]
+    concept: NDArray[np.int32] | None
+
+
+class Context:
+    """A study and its run directory, opened by the driver and by every worker alike."""
+
+    def __init__(self, study: Study, store: RunStore) -> None:
+        self.study = study
+        self.store = store
+
+    @classmethod
+    def open(cls, root: str) -> Context:
+        store = RunStore(Path(root))
+        return cls(store.study(), store)
+
+    # ---- models
+
+    @cached_property
+    def runs(self) -> tuple[ModelRun, ...]:
+        """Models of the study, with the size of those that only their checkpoints tell read from them."""
+        return tuple(self._sized(run) for run in expand(self.study))
+
+    def _sized(self, run: ModelRun) -> ModelRun:
+        if run.layers is not None and run.shape is not None:
+            return run
+        from dataclasses import replace
+
+        from glottoscope.lm.checkpoints import describe
+        from glottoscope.study.config import Shape
+        from glottoscope.study.plan import _layers
+
+        found = describe(self.lm_checkpoint(run, run.final))
+        shape = Shape(
+            n_layers=found.n_layers, d_model=found.d_model, n_params=found.n_params, vocab_size=found.vocab_size
+        )
+        return replace(run, shape=shape, layers=_layers(run.spec.layers or self.study.layers, shape.n_layers, run.name))
+
+    def run_of(self, name: str) -> ModelRun:
+        return next(r for r in self.runs if r.name == name)
+
+    @property
+    def cells(self) -> list[Cell]:
+        return cells_of(self.runs)
+
+    def cell_of(self, model: str, step: int) -> Cell:
+        run = self.run_of(model)
+        return Cell(run, next(c for c in run.checkpoints if c.step == step))
+
+    def groups(self, run: ModelRun, memory: float) -> list[tuple[int, ...]]:
+        shape = run.shape
+        assert shape is not None
+        return layer_groups(run.known_layers(), shape.d_model, shape.n_params, self.study.sae, memory)
+
+    def lm_checkpoint(self, run: ModelRun, ref: CheckpointRef) -> Any:
+        """Where the weights of a checkpoint lie, as the lm room wants it."""
+        from glottoscope.lm.checkpoints import Checkpoint
+
+        if ref.path is None:
+            return Checkpoint(str(self.store.checkpoint_dir(run.lm, ref.step)), ref.step, ref.tokens_seen)
+        return Checkpoint(ref.path, ref.step, ref.tokens_seen, ref.revision)
+
+    def load_lm(self, cell: Cell) -> PreTrainedModel:
+        from glottoscope.lm.checkpoints import choose_device, load_lm, shuffle_weights
+
+        compute = self.study.compute
+        model = load_lm(
+            self.lm_checkpoint(cell.model, cell.checkpoint), device=choose_device(compute.device), dtype=compute.dtype
+        )
+        if cell.model.control == "shuffled":
+            shuffle_weights(model, seed_for(self.study, "shuffle", cell.model.lm))
+        return model
+
+    def device(self) -> torch.device:
+        import torch
+
+        from glottoscope.lm.checkpoints import choose_device
+
+        return torch.device(choose_device(self.study.compute.device))
+
+    # ---- corpus
+
+    def world(self, negative: bool = False, spec: PretrainModel | None = None) -> PlantedWorld:
+        from glottoscope.corpus.planted import PlantedWorld
+
+        corpus = self.study.corpus
+        assert isinstance(corpus, PlantedCorpus)
+        mixture = {}
+        if spec is not None:
+            mixture = {
+                "parallel_share": spec.mixture.parallel_share,
+                "switched_share": 0.0 if spec.control == "no_switching" else spec.mixture.switched_share,
+                "switch_probability": spec.mixture.switch_probability,
+            }
+        return PlantedWorld(
+            corpus.seed, negative=negative, shared_tokens=corpus.shared_tokens, context_length=corpus.context_length,
+            **mixture,
+        )  # fmt: skip
+
+    @cached_property
+    def token_info(self) -> TokenInfo:
+        path = self.store.tokens_dir / "info.json"
+        if not path.exists():
+            raise InputError(f"{path} is not there: the tokens stage has not run; `glottoscope run` continues the study")
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        for name in ("languages", "special_ids", "notes"):
+            raw[name] = tuple(raw[name])
+        return TokenInfo(**raw)
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        table = read_parquet(self.store.tokens_dir / "vocabulary.parquet")
+        counts = np.stack([table[f"count_{x}"].to_numpy() for x in self.token_info.languages], axis=1)
+        concept = table["concept"].to_numpy().astype(np.int32) if "concept" in table.column_names else None
+        return Vocabulary(
+            table["text"].to_pylist(), table["bytes"].to_pylist(), table["has_letters"].to_numpy(), counts, concept
+        )
+
+    def neutral(self) -> NDArray[np.bool_]:
+        """bool [V]: tokens that are evidence for no language, from the train split."""
+        from glottoscope.features.language import neutral_tokens
+
+        vocabulary, features = self.vocabulary, self.study.features
+        return neutral_tokens(
+            vocabulary.has_letters, vocabulary.counts, vocabulary.counts.sum(axis=0),
+            features.neutral_ratio, features.neutral_min_count,
+        )  # fmt: skip
+
+    def blocks(self, split: str) -> TokenBlocks:
+        from glottoscope.corpus.tokens import read_blocks
+
+        return read_blocks(self.store.tokens_dir, split)
+
+    # ---- keys
+
+    @cached_property
+    def source_hashes(self) -> dict[str, str]:
+        """SHA-256 of every file of the corpus, by its path in the study."""
+        corpus = self.study.corpus
+        if not isinstance(corpus, TextCorpus):
+            return {}
+        aligned = corpus.aligned
+        paths = [s.path for s in corpus.sources]
+        paths += [p for p in (aligned.train, aligned.dev, aligned.test) if p] if aligned else []
+        return {p: _hash_tree(corpus_path(corpus, p)) for p in paths}
+
+    @cached_property
+    def tokenizer_key(self) -> str:
+        corpus = self.study.corpus
+        if isinstance(corpus, PlantedCorpus):
+            return digest("tokenizer", VERSIONS["tokenizer"], "planted", corpus.shared_tokens)
+        if corpus.tokenizer_training is not None:
+            return digest(
+                "tokenizer", VERSIONS["tokenizer"], self.source_hashes, corpus.split, corpus.split_seed,
+                corpus.tokenizer_training.model_dump(), [s.model_dump() for s in corpus.sources],
+            )  # fmt: skip
+        from glottoscope.study.stages.tokenizing import tokenizer_source
+
+        path, revision = tokenizer_source(self)
+        content = _hash_tree(Path(path), "*token*") if Path(path).exists() else revision
+        return digest("tokenizer", VERSIONS["tokenizer"], content)
+
+    @cached_property
+    def tokens_key(self) -> str:
+        corpus = self.study.corpus.model_dump(mode="json", exclude={"root"})
+        return digest("tokens", VERSIONS["tokens"], corpus, self.source_hashes, self.tokenizer_key, self.study.study.seed)
+
+    def pretrain_key(self, run: ModelRun) -> str:
+        """Key of a model trained here; its checkpoints share it, so that more of them can be asked for later."""
+        assert isinstance(run.spec, PretrainModel)
+        spec = run.spec.model_dump(mode="json", exclude={"name", "family", "checkpoints", "seeds", "layers"})
+        return digest(
+            "pretrain", VERSIONS["pretrain"], spec, run.lm_seed, self.study.study.seed, self.study.compute.threads,
+            self.corpus_key,
+        )  # fmt: skip
+
+    @cached_property
+    def corpus_key(self) -> str:
+        """Key of what a model trained here reads."""
+        corpus = self.study.corpus
+        if isinstance(corpus, PlantedCorpus):
+            return digest(corpus.seed, corpus.context_length, corpus.shared_tokens)
+        aligned = corpus.aligned.train if corpus.aligned else None
+        sources = [(s.model_dump(), self.source_hashes[s.path]) for s in corpus.sources]
+        return digest(
+            sources, corpus.context_length, corpus.split, corpus.split_seed, self.tokenizer_key,
+            self.source_hashes.get(aligned) if aligned else None,
+        )  # fmt: skip
+
+    def lm_key(self, cell: Cell) -> str:
+        run = cell.model
+        if cell.checkpoint.path is None:
+            base = digest(self.pretrain_key(run), cell.checkpoint.step)
+        else:
+            base = self._fingerprint(run, cell.checkpoint)
+        shuffle = seed_for(self.study, "shuffle", run.lm) if run.control == "shuffled" else None
+        return digest(base, shuffle)
+
+    def _fingerprint(self, run: ModelRun, ref: CheckpointRef) -> str:
+        cache: dict[CheckpointRef, str] = self.__dict__.setdefault("_fingerprints", {})
+        if ref not in cache:
+            from glottoscope.lm.checkpoints import fingerprint
+
+            cache[ref] = fingerprint(self.lm_checkpoint(run, ref))
+        return cache[ref]
+
+    def train_key(self, cell: Cell, layer: int, seed: int) -> str:
+        study = self.study
+        sae = study.sae.model_dump(mode="json", exclude={"seeds", "lr_choice"})
+        compute = study.compute.model_dump(mode="json", include={"threads", "device", "dtype", "lm_batch"})
+        chooser = None if self.chooses_lr(cell) else self.train_key(self.chooser_of(cell), layer, min(study.sae.seeds))
+        grid_seeds = study.sae.seeds if len(study.sae.lr) > 1 and chooser is None else None
+        return digest(
+            "train", VERSIONS["train"], self.lm_key(cell), self.tokens_key, sae, compute, layer, seed, chooser,
+            grid_seeds, cell.model.control == "frozen_decoder", study.study.seed,
+        )  # fmt: skip
+
+    def chooses_lr(self, cell: Cell) -> bool:
+        """Whether this cell tries the whole grid of learning rates (METHOD 4: once per model x layer, at the last)."""
+        if len(self.study.sae.lr) == 1 or self.study.sae.lr_choice == "setup":
+            return True
+        return cell.checkpoint == cell.model.final and cell.model.control != "frozen_decoder"
+
+    def chooser_of(self, cell: Cell) -> Cell:
+        """The cell that chose the learning rates for this one."""
+        run = self.run_of(cell.model.lm) if cell.model.control == "frozen_decoder" else cell.model
+        return Cell(run, run.final)
+
+    def features_key(self, cell: Cell, layer: int, seed: int) -> str:
+        features = self.study.features.model_dump(
+            mode="json",
+            include={
+                "rule", "threshold", "neutral_ratio", "neutral_min_count", "top_examples", "example_window",
+                "example_features", "phi_firing", "lm_loss_tokens", "cluster_tokens",
+            },
+        )  # fmt: skip
+        return digest("features", VERSIONS["features"], self.train_key(cell, layer, seed), features)
+
+    def ruler_run(self, run: ModelRun) -> ModelRun:
+        """The model whose final checkpoint is the ruler of monosemanticity for `run`."""
+        return self.run_of(run.lm)
+
+    def rulers_key(self, run: ModelRun) -> str:
+        final = Cell(run, run.final)
+        features = self.study.features.model_dump(
+            mode="json",
+            include={"theta", "theta_percentile", "cluster_tokens", "neutral_ratio", "neutral_min_count"},
+        )  # fmt: skip
+        return digest("rulers", VERSIONS["rulers"], self.lm_key(final), self.tokens_key, features, run.known_layers(),
+                      self.study.study.seed)  # fmt: skip
+
+    def score_key(self, cell: Cell, layer: int, seed: int) -> str:
+        features = self.study.features.model_dump(mode="json")
+        labels = [_hash_tree(Path(p)) for p in self.study.features.labels]
+        ruler = self.rulers_key(self.ruler_run(cell.model))
+        family = [cell.model.family, cell.checkpoint.tokens_seen, cell.checkpoint.learning_rate]
+        return digest(
+            "score", VERSIONS["score"], self.features_key(cell, layer, seed), ruler, features, labels, family,
+        )  # fmt: skip
+
+    def setups(self, cell: Cell) -> Iterator[tuple[int, int]]:
+        """(layer, SAE seed) of a cell, in order."""
+        for layer in cell.model.known_layers():
+            for seed in self.study.sae.seeds:
+                yield layer, seed
+
+
+def hidden_states(
+    model: PreTrainedModel, tokens_BT: NDArray[Any], attention_BT: NDArray[np.bool_], layers: Sequence[int], cell: Cell
+) -> dict[int, torch.Tensor]:
+    """Hidden states of the wanted layers for one batch, checked: layer -> float32 [B, T, D] on the model's device.
+
+    Raises:
+        NonFiniteError: NaN or Inf at an attended position; names the cell and the layer.
+    """
+    import torch
+
+    from glottoscope.lm.capture import capture
+
+    device = next(model.parameters()).device
+    ids = torch.from_numpy(np.ascontiguousarray(tokens_BT).astype(np.int64)).to(device)
+    attention = torch.from_numpy(np.ascontiguousarray(attention_BT)).to(device)
+    states = capture(model, ids, attention.long(), layers)
+    result = {}
+    for layer, x_BTD in states.items():
+        x_BTD = x_BTD.float()
+        # A sum is finite only where every term is, and takes one pass over the states.
+        if not bool(torch.isfinite(torch.where(attention[..., None], x_BTD, 0.0).sum())):
+            raise NonFiniteError(
+                f"cell {cell.name}, layer {layer}: NaN or Inf in the hidden states: the checkpoint is damaged or "
+                "overflows in this dtype (compute.dtype)"
+            )
+        result[layer] = x_BTD
+    return result
+
+
+def batches(order: NDArray[np.int64], size: int) -> Iterable[NDArray[np.int64]]:
+    """Consecutive runs of `size` rows."""
+    return (order[i : i + size] for i in range(0, len(order), size))
+
+
+def key_columns(context: Context, cell: Cell, layer: int, seed: int) -> dict[str, Any]:
+    """The key columns of every table, for one setup."""
+    run = cell.model
+    assert run.shape is not None
+    return {
+        "control": run.control, "family": run.family, "model": run.name, "d_model": run.shape.d_model,
+        "n_params": run.shape.n_params, "step": cell.checkpoint.step, "tokens_seen": cell.checkpoint.tokens_seen,
+        "layer": layer, "lm_seed": run.lm_seed, "sae_seed": seed,
+    }  # fmt: skip
+
+
+KEY_COLUMNS = (
+    "control", "family", "model", "d_model", "n_params", "step", "tokens_seen", "layer", "lm_seed", "sae_seed",
+)  # fmt: skip
+
+
+def with_key(table: pa.Table, key: dict[str, Any]) -> pa.Table:
+    """The table with the key columns in front, the same in every row."""
+    import pyarrow as pa
+
+    n = table.num_rows
+    types = {k: pa.string() if isinstance(v, str) else pa.int64() for k, v in key.items()}
+    arrays = [pa.array([v] * n, types[k]) for k, v in key.items()]
+    return pa.table([*arrays, *table.columns], names=[*key, *table.column_names])
+
+
+def _hash_tree(path: Path, pattern: str = "*") -> str:
+    if path.is_file():
+        return file_digest(path)
+    if path.is_dir():
+        return digest([(str(p.relative_to(path)), file_digest(p)) for p in sorted(path.rglob(pattern)) if p.is_file()])
+    matches = sorted(path.parent.glob(path.name)) if path.parent.is_dir() else []
+    if not matches:
+        raise InputError(f"{path}: no such file, folder or glob")
+    return digest([(p.name, file_digest(p)) for p in matches if p.is_file()])

@@ -1,0 +1,261 @@
+"""The run directory: the only module that knows its paths, and the only one that says what is complete.
+
+Every artefact folder ends with its own `done.json`, written last. It maps a stage to the key of what made the
+artefact (a hash over settings and the keys of its inputs) and to the hashes of the files made. A stage whose key is
+already there is not run again; nothing else is kept, so nothing grows with the number of cells.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from glottoscope.atomic import TEMPORARY_PREFIX, write_json, write_text
+from glottoscope.errors import InputError
+from glottoscope.study.config import Study
+from glottoscope.study.load import dump_study, parse_study
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+SCHEMA = 1
+
+
+def digest(*parts: Any) -> str:
+    """Hash of plain values (JSON with sorted keys): the key of an artefact."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:32]
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+class RunStore:
+    """A run directory. Opening one changes nothing; `create` writes the study and the manifest."""
+
+    def __init__(self, root: Path | str) -> None:
+        self.root = Path(root)
+
+    # ---- identity
+
+    @property
+    def study_path(self) -> Path:
+        return self.root / "study.toml"
+
+    @property
+    def manifest_path(self) -> Path:
+        return self.root / "manifest.json"
+
+    def create(self, study: Study, manifest: Mapping[str, Any]) -> None:
+        """Make or take over the run directory of `study`.
+
+        Raises:
+            InputError: the folder belongs to another study, or holds files that are no run directory.
+        """
+        if self.root.exists() and not self.root.is_dir():
+            raise InputError(f"{self.root} is a file, not a folder: choose another --out")
+        if self.study_path.exists():
+            owner = self.manifest()["study"]
+            if owner != study.study.name:
+                raise InputError(
+                    f"{self.root} belongs to the study {owner!r}, not to {study.study.name!r}: choose another --out"
+                )
+        elif self.root.is_dir() and any(p.name != ".lock" for p in self.root.iterdir()):
+            raise InputError(f"{self.root} is not empty and is no run directory: choose another --out")
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            # The manifest names the owner, so it must never be missing beside a study file.
+            write_json(self.manifest_path, {"schema": SCHEMA, "study": study.study.name, **manifest})
+            write_text(self.study_path, dump_study(study))
+        except PermissionError as error:
+            raise InputError(f"{self.root} cannot be written ({error.strerror}): choose another --out") from None
+        except OSError as error:
+            raise InputError(f"{self.root} cannot be made ({error.strerror}): choose another --out") from None
+
+    def manifest(self) -> dict[str, Any]:
+        """Identity, versions, seeds and hashes of the run."""
+        if not self.root.is_dir():
+            raise InputError(f"{self.root}: no such run directory; `glottoscope run STUDY.toml --out {self.root}` makes it")
+        if not self.manifest_path.exists():
+            raise InputError(f"{self.root} is no run directory: it has no manifest.json")
+        try:
+            manifest = json.loads(self.manifest_path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise InputError(f"{self.manifest_path} is damaged ({error}): run the study again to mend it") from None
+        if manifest.get("schema", 0) > SCHEMA:
+            raise InputError(f"{self.root} was written by a newer glottoscope (schema {manifest['schema']}): update yours")
+        return manifest
+
+    def study(self) -> Study:
+        """The study that filled this directory."""
+        self.manifest()
+        if not self.study_path.exists():
+            raise InputError(f"{self.root} has no study.toml: run the study again to mend it")
+        text = self.study_path.read_text(encoding="utf-8")
+        return parse_study(text, name=str(self.study_path), folder=self.root)
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the directory for this process: two runs on one directory would redo each other's work."""
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            handle = open(self.root / ".lock", "w")  # noqa: SIM115 - held for the whole run
+        except OSError as error:
+            raise InputError(f"{self.root} cannot be written ({error.strerror}): choose another --out") from None
+        try:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InputError(f"another process is running the study in {self.root}: wait for it or stop it") from None
+            yield
+        finally:
+            handle.close()
+
+    # ---- paths
+
+    @property
+    def models_dir(self) -> Path:
+        return self.root / "models"
+
+    @property
+    def tokenizer_dir(self) -> Path:
+        return self.root / "tokenizer"
+
+    def model_dir(self, model: str) -> Path:
+        """Folder of a model trained here: its log and one folder per checkpoint."""
+        return self.models_dir / model
+
+    def checkpoint_dir(self, model: str, step: int) -> Path:
+        return self.model_dir(model) / f"step_{step}"
+
+    @property
+    def tokens_dir(self) -> Path:
+        return self.root / "tokens"
+
+    @property
+    def aligned_dir(self) -> Path:
+        return self.tokens_dir / "aligned"
+
+    @property
+    def cells_dir(self) -> Path:
+        return self.root / "cells"
+
+    def cell_dir(self, model: str, step: int) -> Path:
+        return self.cells_dir / f"{model}@{step}"
+
+    def setup_dir(self, model: str, step: int, layer: int, seed: int) -> Path:
+        return self.cell_dir(model, step) / f"layer_{layer:02d}" / f"seed_{seed}"
+
+    @property
+    def rulers_dir(self) -> Path:
+        return self.root / "rulers"
+
+    def ruler_dir(self, model: str) -> Path:
+        """Token vectors of a model's final checkpoint and their clusters: the same ruler at all steps."""
+        return self.rulers_dir / model
+
+    @property
+    def tables_dir(self) -> Path:
+        return self.root / "tables"
+
+    def table_path(self, name: str) -> Path:
+        return self.tables_dir / f"{name}.parquet"
+
+    @property
+    def report_dir(self) -> Path:
+        return self.root / "report"
+
+    @property
+    def log_path(self) -> Path:
+        return self.root / "log.jsonl"
+
+    # ---- what is complete
+
+    def done(self, folder: Path) -> dict[str, Any]:
+        """Stage -> record of an artefact folder; empty where nothing is complete."""
+        path = folder / "done.json"
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return {}
+        except ValueError:
+            return {}  # a damaged record means the work is not known to be complete: do it again
+
+    def is_done(self, folder: Path, stage: str, key: str) -> bool:
+        """Whether `stage` was completed in `folder` with exactly these settings and inputs, and its files are there."""
+        record = self.done(folder).get(stage)
+        if record is None or record["key"] != key:
+            return False
+        return all((folder / name).exists() for name in record["files"])
+
+    def mark_done(self, folder: Path, stage: str, key: str, settings: Mapping[str, Any], files: list[str]) -> None:
+        """Write the record of a completed stage, last of all, with the hashes of its files."""
+        record = self.done(folder)
+        hashes = {name: file_digest(folder / name) for name in sorted(files)}
+        record[stage] = {"key": key, "settings": dict(settings), "files": hashes}
+        write_json(folder / "done.json", record)
+
+    # ---- tables
+
+    def table(self, name: str) -> pa.Table:
+        """A table of the run.
+
+        Raises:
+            InputError: it is not there yet; says which command makes it.
+        """
+        import pyarrow.parquet as pq
+
+        path = self.table_path(name)
+        if not path.exists():
+            self.manifest()
+            raise InputError(f"{path} is not there: the study is not complete; `glottoscope run` continues it")
+        return read_parquet(path) if path.stat().st_size else pq.read_table(path)
+
+    def table_or_none(self, name: str) -> pa.Table | None:
+        return self.table(name) if self.table_path(name).exists() else None
+
+    # ---- housekeeping
+
+    def remove(self, path: Path) -> int:
+        """Remove a file or folder of this run; returns the bytes freed."""
+        if self.root.resolve() not in path.resolve().parents:
+            raise InputError(f"{path} is not inside {self.root}")
+        size = tree_size(path)
+        if path.is_dir():
+            # Without its record first, a folder that is half removed would pass for complete.
+            (path / "done.json").unlink(missing_ok=True)
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+        return size
+
+    def leftovers(self) -> list[Path]:
+        """Temporary files that a killed process left behind."""
+        return sorted(self.root.rglob(f"{TEMPORARY_PREFIX}*"))
+
+
+def read_parquet(path: Path) -> pa.Table:
+    """Read a Parquet file of a run directory; a damaged one is named."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return pq.read_table(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise InputError(f"{path} is damaged ({str(error).splitlines()[0]}): remove it and run the study again") from None
+
+
+def tree_size(path: Path) -> int:
+    """Bytes of a file or folder."""
+    if path.is_file():
+        return path.stat().st_size
+    return sum(os.lstat(p).st_size for p in path.rglob("*") if p.is_file())
