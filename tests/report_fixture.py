@@ -34,7 +34,7 @@ def evolution_rows(
     for step in steps:
         at = STEPS.index(step) if step in STEPS else len(STEPS) - 1
         for layer in layers:
-            depth = 1 - abs(layer - 2) / 3.2
+            depth = max(0.0, 1 - abs(layer - 2) / 3.2)
             n_alive = int(N * (0.95 - 0.5 * (0 < at < 4)))
             mixed = float(np.clip(MIXED[at] * (1 if control == "none" else 0.55) + rng.normal(0, 0.008), 0.01, 0.6))
             bilingual = BILINGUAL[at] * depth * scale if control == "none" else 0.0

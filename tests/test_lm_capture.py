@@ -45,14 +45,18 @@ CONFIGS: dict[str, PretrainedConfig] = {
 ALL_LAYERS = (0, 1, 2, 3)
 
 
-@pytest.fixture(params=list(CONFIGS))
-def model(request: pytest.FixtureRequest) -> PreTrainedModel:
+def make(kind: str, attention: str = "sdpa") -> PreTrainedModel:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(CONFIGS[request.param])
+        model = AutoModelForCausalLM.from_config(CONFIGS[kind], attn_implementation=attention)
         for parameter in model.parameters():  # far from the near-linear network of the usual initialisation
             parameter.data += 0.2 * torch.randn_like(parameter)
     return model.eval()
+
+
+@pytest.fixture(params=list(CONFIGS))
+def model(request: pytest.FixtureRequest) -> PreTrainedModel:
+    return make(request.param)
 
 
 def tokens(n: int = 3, length: int = 9) -> Tensor:
@@ -122,8 +126,9 @@ def test_tuple_outputs_are_accepted(model: PreTrainedModel) -> None:
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_padding_does_not_change_real_positions(model: PreTrainedModel, side: str, attention: str) -> None:
-    model.set_attn_implementation(attention)
+@pytest.mark.parametrize("kind", list(CONFIGS))
+def test_padding_does_not_change_real_positions(kind: str, side: str, attention: str) -> None:
+    model = make(kind, attention)
     ids, lengths = tokens(), (9, 6, 2)
     padded, mask = torch.zeros_like(ids), torch.zeros_like(ids)
     places = [slice(0, n) if side == "right" else slice(9 - n, 9) for n in lengths]
@@ -157,7 +162,7 @@ def test_early_stop_equals_full_run(model: PreTrainedModel, layers: tuple[int, .
 def test_bfloat16(model: PreTrainedModel) -> None:
     ids = tokens()
     full = capture(model, ids, torch.ones_like(ids), (2,))[2]
-    half = capture(model.to(torch.bfloat16), ids, torch.ones_like(ids), (2,))[2]
+    half = capture(model.bfloat16(), ids, torch.ones_like(ids), (2,))[2]
     assert half.dtype == torch.bfloat16
     assert torch.nn.functional.cosine_similarity(half.float(), full, dim=-1).min() > 0.99
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_lm_capture import CONFIGS
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from test_lm_capture import COMMON, CONFIGS
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel
 
 from glottoscope.errors import InputError
 from glottoscope.lm.checkpoints import (
@@ -68,8 +68,7 @@ def test_every_architecture_loads_as_saved(kind: str, shards: bool, tmp_path: Pa
 
 
 def test_tied_heads_are_not_missing(tmp_path: Path) -> None:
-    config = type(CONFIGS["llama"])(**(CONFIGS["llama"].to_dict() | {"tie_word_embeddings": True}))
-    make(config).save_pretrained(tmp_path / "tied")
+    make(LlamaConfig(**COMMON, tie_word_embeddings=True)).save_pretrained(tmp_path / "tied")
     model: Any = load_lm(Checkpoint(str(tmp_path / "tied"), 0, 0))
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert describe(model) == describe(Checkpoint(str(tmp_path / "tied"), 0, 0))
@@ -90,7 +89,7 @@ def test_missing_directory_and_files(saved: Checkpoint, tmp_path: Path) -> None:
     (Path(saved.path) / "config.json").unlink()
     with pytest.raises(InputError, match=r"no config\.json"):
         load_lm(saved)
-    with pytest.raises(InputError, match="model configuration"):
+    with pytest.raises(InputError, match=r"no config\.json"):
         describe(saved)
 
 

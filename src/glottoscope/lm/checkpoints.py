@@ -234,6 +234,8 @@ def describe(checkpoint: Checkpoint | PreTrainedModel) -> ModelShape:
         model = checkpoint
     else:
         source = _source(checkpoint)
+        if checkpoint.is_local:
+            _check_config(Path(source))
         try:
             with _quiet():
                 config: PretrainedConfig = AutoConfig.from_pretrained(
@@ -267,10 +269,15 @@ def _weight_files(directory: Path) -> list[Path]:
     return sorted(file for pattern in WEIGHT_FILES for file in directory.glob(pattern))
 
 
-def _check_files(directory: Path) -> None:
-    """What is wrong with files is said about files, before transformers turns it into something about tensors."""
+def _check_config(directory: Path) -> None:
+    """Without the file transformers 4 guesses an architecture from the folder's name."""
     if not (directory / "config.json").is_file():
         raise InputError(f"{directory} holds no config.json: not a Hugging Face checkpoint")
+
+
+def _check_files(directory: Path) -> None:
+    """What is wrong with files is said about files, before transformers turns it into something about tensors."""
+    _check_config(directory)
     for index in sorted(directory.glob("*.index.json")):
         try:
             wanted = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from glottoscope.report.html import colour_variables
+from glottoscope.report.webfont import FAMILY, font_face
 
 _CSS = """
 :root { color-scheme: light dark; LIGHT
@@ -13,7 +14,7 @@ _CSS = """
 * { box-sizing: border-box; }
 html { -webkit-text-size-adjust: 100%; }
 body { margin: 0; background: var(--bg); color: var(--text); line-height: 1.55; font-size: 1rem;
-  font-family: system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", "Hiragino Sans", "Noto Sans CJK JP", "Yu Gothic", sans-serif; }
+  font-family: system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", "Hiragino Sans", "Noto Sans CJK JP", "Yu Gothic", "FAMILY", sans-serif; }
 main { max-width: 84rem; margin: 0 auto; padding: 1.25rem clamp(.9rem, 3vw, 2.5rem) 4rem; }
 a { color: var(--link); }
 h1 { font-size: clamp(1.45rem, 1.1rem + 1.6vw, 2.2rem); line-height: 1.2; margin: .2rem 0 1rem; max-width: 34ch; text-wrap: balance; letter-spacing: -.01em; }
@@ -23,10 +24,10 @@ h4 { font-size: .9rem; margin: 0 0 .3rem; font-weight: 600; color: var(--soft); 
 p, dl.words, header ul { max-width: 75ch; }
 .eyebrow { color: var(--soft); font-size: .87rem; margin: 0; }
 .answer { font-size: 1.06rem; margin: .5rem 0; overflow-wrap: anywhere; }
-.stats { display: grid; grid-template-columns: repeat(auto-fit, minmax(10.5rem, 1fr)); gap: .6rem; margin: 1.1rem 0; }
+.stats { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(9.2rem, 46%), 1fr)); gap: .6rem; margin: 1.1rem 0; }
 .stats div { display: flex; flex-direction: column-reverse; justify-content: flex-end; background: var(--tint); border: 1px solid var(--line); border-radius: .5rem; padding: .55rem .8rem; }
 .stats dt { font-size: .82rem; color: var(--soft); line-height: 1.35; }
-.stats dd { margin: 0; font-size: 1.3rem; font-weight: 600; font-variant-numeric: tabular-nums; }
+.stats dd { margin: 0; font-size: 1.2rem; font-weight: 600; font-variant-numeric: tabular-nums; }
 .caveats summary { font-weight: 600; cursor: pointer; }
 .caveats ul { margin: .4rem 0; padding-left: 1.15rem; font-size: .93rem; }
 .caveats li { margin: .2rem 0; overflow-wrap: anywhere; }
@@ -34,7 +35,7 @@ nav ol { list-style: none; display: flex; flex-wrap: wrap; gap: .2rem 1.1rem; pa
 #curves { display: grid; grid-template-columns: minmax(0, 1fr); gap: 1.2rem 2.2rem; align-items: start; }
 #curves > h2 { grid-column: 1 / -1; margin-bottom: 0; }
 @media (min-width: 70rem) { #curves { grid-template-columns: repeat(2, minmax(0, 1fr)); } }
-figure { margin: 0; background: var(--card); min-width: 0; }
+figure { margin: 0; background: var(--card); min-width: 0; padding: .5rem .9rem .8rem; border: 1px solid var(--line); border-radius: .5rem; }
 figure h3 { margin: .4rem 0; }
 figcaption, .caption { font-size: .85rem; color: var(--soft); margin-top: .4rem; max-width: 75ch; overflow-wrap: anywhere; }
 figcaption span { white-space: nowrap; }
@@ -64,9 +65,13 @@ code { font-family: ui-monospace, SFMono-Regular, Consolas, monospace; font-size
 """
 
 
-def stylesheet() -> str:
-    """CSS of the page, figure colours included."""
+def stylesheet(text: str) -> str:
+    """CSS of a page that shows `text`, with the figures' colours and the Japanese glyphs it needs."""
     levels = "\n".join(f".a{i} {{ background: rgba(var(--shade), {0.08 + 0.062 * i:.3f}); }}" for i in range(1, 10))
     return (
-        _CSS.replace("LIGHT", colour_variables(dark=False)).replace("DARK", colour_variables(dark=True)) + levels + "\n"
+        _CSS.replace("FAMILY", FAMILY)
+        .replace("LIGHT", colour_variables(dark=False))
+        .replace("DARK", colour_variables(dark=True))
+        + levels
+        + "\n"
     )

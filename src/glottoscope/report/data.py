@@ -82,7 +82,7 @@ class ReportData:
 
     def language_name(self, code: str) -> str:
         """The language's English name, or its code."""
-        return self.language_names.get(code, code)
+        return self.language_names.get(code, {"en": "English", "ja": "Japanese"}.get(code, code))
 
     def models(self, control: str = "none") -> list[str]:
         """Names of the models with rows of that control, smallest first (parameters, then name)."""

@@ -200,10 +200,12 @@ def figure_heat(data: ReportData, model: str) -> ReportFigure:
         ("monosemanticity", "Monosemanticity R (x 100)"),
     )
     panel_height = max(0.75, min(0.21 * len(layers), 3.2))
-    height = 3 * (panel_height + 0.42) + 1.05
+    tilted = len(steps) > 12
+    bottom = 1.1 if tilted else 0.78
+    height = 3 * (panel_height + 0.42) + 0.27 + bottom
     figure = Figure(figsize=(WIDTH, height))
     axes = figure.subplots(3, 1, sharex=True)
-    margins(figure, left=0.62, right=0.75, top=0.62, bottom=0.78, hspace=0.42 / panel_height)
+    margins(figure, left=0.62, right=0.75, top=0.62, bottom=bottom, hspace=0.42 / panel_height)
     figure.text(0.012, 1 - 0.1 / height, drawable(data.model_label(model)), fontsize=10.5, fontweight="bold", va="top")
     column = {step: i for i, step in enumerate(steps)}
     row = {layer: i for i, layer in enumerate(layers)}
@@ -220,7 +222,7 @@ def figure_heat(data: ReportData, model: str) -> ReportFigure:
             [str(v) for v in layers][:: max(1, len(layers) // 12)],
         )
         ax.set_ylabel("layer")
-    axes[2].set_xticks(np.arange(len(steps)) + 0.5, [f"{s:,}" for s in steps], rotation=40 if len(steps) > 12 else 0)
+    axes[2].set_xticks(np.arange(len(steps)) + 0.5, [f"{s:,}" for s in steps], rotation=40 if tilted else 0)
     axes[2].set_xlabel("step")
     footer(figure, data, "share of alive features", "each cell is one SAE; dash: not measured")
     caption = f"{model}: every measured step and layer. Darker is less. Mixed is not bilingual."
@@ -235,7 +237,7 @@ def _heat(figure: Figure, ax: Axes, grid_LS: np.ndarray, title: str) -> None:
         spine.set_visible(False)
     top = float(np.nanmax(grid_LS)) if np.isfinite(grid_LS).any() else 1.0
     top = max(top, 0.05)
-    colours = matplotlib.colormaps["cividis"]
+    colours = matplotlib.colormaps["cividis"].resampled(32)  # few enough for a colour bar of vectors, not of pixels
     mesh = ax.pcolormesh(
         np.ma.masked_invalid(grid_LS), cmap=colours, vmin=0, vmax=top, edgecolors="face", linewidth=0.4
     )

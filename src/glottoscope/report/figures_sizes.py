@@ -84,12 +84,15 @@ def figure_sizes(data: ReportData) -> ReportFigure | None:
                 share_axis(ax)
         else:
             say_empty(ax, "not measured")
+    figure.text(0.012, 1 - 0.1 / 3.1, "Last step, middle layer", fontsize=10.5, fontweight="bold", va="top")
     if not claim:
-        figure.text(0.012, 1 - 0.08 / 3.1, NO_CLAIM, fontsize=8, color=VERMILLION, va="top", fontweight="bold")
+        figure.text(
+            0.985, 1 - 0.1 / 3.1, NO_CLAIM, fontsize=8, color=VERMILLION, va="top", ha="right", fontweight="bold"
+        )
     footer(
         figure,
         data,
-        "last step, middle layer; filled: one LM and SAE seed each",
+        "filled: one LM and SAE seed each",
         "bar: 95 % over features",
         "hollow: control",
     )

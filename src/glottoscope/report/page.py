@@ -67,6 +67,7 @@ def page(data: ReportData, figures: list[DrawnFigure]) -> str:
     body = "".join(
         f'<section id="{name}"><h2>{esc(title)}</h2>{text}</section>' for name, title, text in sections if text
     )
+    first = _first_screen(data, answer(data))
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -75,11 +76,11 @@ def page(data: ReportData, figures: list[DrawnFigure]) -> str:
 <meta name="color-scheme" content="light dark">
 <meta name="referrer" content="no-referrer">
 <title>{esc(data.name)}: glottoscope report</title>
-<style>{stylesheet()}</style>
+<style>{stylesheet(first + body)}</style>
 </head>
 <body>
 <main>
-{_first_screen(data, answer(data))}
+{first}
 <nav aria-label="Contents"><ol>{links}</ol></nav>
 {body}
 </main>
@@ -118,7 +119,8 @@ def _patterns(data: ReportData, figures: list[DrawnFigure]) -> str:
     caption = next((f.caption for f in figures if f.name == "fig4_patterns"), "")
     links = " · ".join(f'<a href="figures/fig4_patterns.{kind}">{kind.upper()}</a>' for kind in ("svg", "png"))
     out = [
-        f'<p class="caption">{esc(caption)} K = {data.k}, counted above {data.activation_threshold:g} of the maximum. {links}</p>'
+        f'<p class="caption">{esc(caption)} K = {data.k}, counted above {data.activation_threshold:g} of the maximum. '
+        f"{links}</p>"
     ]
     out.append(
         '<p class="scale" aria-hidden="true">activation '
@@ -221,7 +223,7 @@ def _detectable(data: ReportData) -> str:
 
 def _sources(data: ReportData) -> str:
     return (
-        f'<p>The method is that of {esc(CITATION)}, <a href="{PAPER_URL}">arXiv 2503.06394</a>. This report was made by '
-        "glottoscope; what differs from the paper stands under “Choices that are ours”.</p>"
-        + tables.licences_table(data)
+        f'<p>The method is that of {esc(CITATION)}, <a href="{PAPER_URL}">arXiv 2503.06394</a>. This report was '
+        "made by glottoscope; what differs from the paper stands under “Choices that are ours”. "
+        "Japanese glyphs: IPAexGothic, IPA Font License v1.0.</p>" + tables.licences_table(data)
     )

@@ -13,28 +13,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from glottoscope.report.data import CONTROL_NAMES, ReportData, numbers, short_number
+from glottoscope.report.data import CONTROL_NAMES, ReportData, numbers
+from glottoscope.report.estimate import Estimate, above, estimate, percent
 
 FEW_ALIVE_SHARE, FEW_ALIVE = 0.5, 100
 POOR_FVU = 0.5
 SEEDS_FOR_A_CLAIM = 3
-
-
-@dataclass(frozen=True, slots=True)
-class Estimate:
-    """A share with its 95 % interval (NaN where unknown) and, where known, the counts behind it."""
-
-    value: float
-    low: float
-    high: float
-    count: int | None
-    out_of: int | None
-
-    def __str__(self) -> str:
-        text = percent(self.value)
-        if self.out_of:
-            text += f" ({self.count} of {self.out_of})" if self.count is not None else f" (of {self.out_of})"
-        return f"{text} {bracket(self.low, self.high)}".rstrip()
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,41 +39,9 @@ class Answer:
     stats: tuple[Stat, ...]
 
 
-def percent(value: float) -> str:
-    """.2834 -> `28.3 %`."""
-    return "unknown" if not math.isfinite(value) else f"{100 * value:.1f} %"
-
-
-def bracket(low: float, high: float) -> str:
-    """95 % interval in per cent: `[24.0, 32.5]`; empty where unknown."""
-    return f"[{100 * low:.1f}, {100 * high:.1f}]" if math.isfinite(low) and math.isfinite(high) else ""
-
-
-def wilson(count: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson score interval of a proportion (95 %)."""
-    p, zz = count / n, z * z
-    centre, half = p + zz / (2 * n), z * math.sqrt(p * (1 - p) / n + zz / (4 * n * n))
-    return max(0.0, (centre - half) / (1 + zz / n)), min(1.0, (centre + half) / (1 + zz / n))
-
-
-def estimate(table: pa.Table, row: int, measure: str) -> Estimate:
-    """A share of the table's row. A bootstrap of 0 or of all features has no width: there Wilson's "
-    "interval stands in."""
-    counts = {"share_bilingual": "n_bilingual"}.get(measure, measure.replace("share_", "count_", 1))
-    value, low, high = (float(numbers(table, f"{measure}{end}")[row]) for end in ("", "_low", "_high"))
-    count, n = (numbers(table, column)[row] for column in (counts, "n_alive"))
-    n_alive = int(n) if math.isfinite(n) and n > 0 else None
-    n_count = int(count) if math.isfinite(count) else None
-    if math.isfinite(value) and n_alive and (value <= 0 or value >= 1):
-        low, high = wilson(round(value * n_alive), n_alive)
-    return Estimate(value, low, high, n_count, n_alive)
-
-
-def above(a: Estimate, b: Estimate) -> bool | None:
-    """True where a's interval lies wholly above b's; None where an interval is unknown."""
-    if not (math.isfinite(a.low) and math.isfinite(b.high)):
-        return None
-    return a.low > b.high
+def plural(n: int, noun: str) -> str:
+    """`1 LM seed`, `2 LM seeds`."""
+    return f"{n} {noun}{'' if n == 1 else 's'}"
 
 
 def step_name(step: int) -> str:
@@ -150,7 +102,12 @@ def _mixed(data: ReportData, table: pa.Table) -> tuple[str, str]:
     fell = _change(turning, "fall", start, low)
     rose = _change(turning, "rise", end, low)
     last_name, low_name = step_name(steps[last]), f"{step_name(steps[lowest])}{span}"
-    unknown = " (no intervals: whether these are more than noise is not known)" if None in (fell, rose) else ""
+    if fell is None or rose is None:
+        return (
+            f"{where} the share of mixed features went from {start} at {step_name(steps[first])} to {end} at "
+            f"{last_name}, lowest {low} at {low_name}; whether this is more than noise is not known without intervals.",
+            "Without intervals no change of mixed features can be told from noise",
+        )
 
     if lowest == first:
         if rose:
@@ -161,23 +118,28 @@ def _mixed(data: ReportData, table: pa.Table) -> tuple[str, str]:
             )
         return (
             f"{where} the share of mixed features neither fell nor clearly rose: {start} at {step_name(steps[first])} "
-            f"and {end} at {last_name}{unknown}.",
+            f"and {end} at {last_name}.",
             "Mixed features did not clearly change",
         )
     fall_words = (
         f"fell from {start} at {step_name(steps[first])} to {low} by {low_name}"
         if fell
-        else f"did not clearly fall: {start} at {step_name(steps[first])}, lowest {low} at {low_name}{unknown}"
-        + ("" if unknown else ", a difference that the intervals do not separate from none")
+        else f"did not clearly fall: {start} at {step_name(steps[first])}, lowest {low} at {low_name}, a difference "
+        "that the intervals do not separate from none"
     )
     if lowest == last:
-        rise_words = "and had not risen again by the last checkpoint" if fell else "which is the last checkpoint"
-        head = "Mixed features fell and did not rise again" if fell else "Mixed features did not clearly change"
-        return f"{where} the share of mixed features {fall_words}{' ' if fell else ', '}{rise_words}.", head
+        if fell:
+            sentence = (
+                f"{where} the share of mixed features {fall_words} and had not risen again by the last checkpoint."
+            )
+            return sentence, "Mixed features fell and did not rise again"
+        return f"{where} the share of mixed features {fall_words}.", "Mixed features did not clearly change"
     if rose:
         rise_words = f"and rose again to {end} by {last_name}" if fell else f"then rose to {end} by {last_name}"
     else:
-        rise_words = f"and did not clearly rise again ({end} at {last_name})"
+        rise_words = (
+            f"{'and' if fell else 'it'} did not clearly rise {'again' if fell else 'later'} ({end} at {last_name})"
+        )
     head = {
         (True, True): "Mixed features fell and rose again",
         (True, False): "Mixed features fell and did not clearly rise again",
@@ -190,13 +152,14 @@ def _mixed(data: ReportData, table: pa.Table) -> tuple[str, str]:
 def _turning_interval(turning: dict[str, Any] | None) -> str:
     if turning is None or turning.get("low") is None or turning.get("high") is None:
         return ""
-    return f" (95 % interval of the turning step: {turning['low']:,} to {turning['high']:,})"
+    return f" (95 % interval of the turning step: {int(turning['low']):,} to {int(turning['high']):,})"
 
 
 def _change(turning: dict[str, Any] | None, name: str, high: Estimate, low: Estimate) -> bool | None:
     """Whether high > low is more than noise: by the bootstrap of the change where given, else by the two intervals."""
-    if turning is not None and turning.get(f"{name}_low") is not None:
-        return float(turning[f"{name}_low"]) > 0
+    bound = None if turning is None else turning.get(f"{name}_low")
+    if bound is not None and math.isfinite(bound):
+        return float(bound) > 0
     return above(high, low)
 
 
@@ -220,9 +183,7 @@ def _bilingual(data: ReportData, table: pa.Table) -> tuple[str, str, str | None]
     first, last = int(rows[0]), int(rows[-1])
     start, end = estimate(table, first, measure), estimate(table, last, measure)
     peak = float(np.nanmax(numbers(table, measure)))
-    name = (
-        "features bilingual by translation pairs" if by_pairs else "features that the paper-style rule calls bilingual"
-    )
+    name = "features bilingual by translation pairs" if by_pairs else "bilingual features"
     lead = (
         ""
         if by_pairs
@@ -231,8 +192,8 @@ def _bilingual(data: ReportData, table: pa.Table) -> tuple[str, str, str | None]
     )
     share = f"the share of {name}"
     if peak <= 0:
-        words = f"{lead or ''}no feature was bilingual{' by translation pairs' if by_pairs else ''} "
-        f"at any checkpoint: {end} at {step_name(steps[last])}"
+        rule = " by translation pairs" if by_pairs else ""
+        words = f"{lead}no feature was bilingual{rule} at any checkpoint: {end} at {step_name(steps[last])}"
         head = "no bilingual features" if by_pairs else "no features bilingual by the paper-style rule"
     elif len(rows) == 1:
         words = f"{lead}{share} was {end} at {step_name(steps[last])}, the only checkpoint measured"
@@ -244,9 +205,8 @@ def _bilingual(data: ReportData, table: pa.Table) -> tuple[str, str, str | None]
         suffix = "" if by_pairs else " by the paper-style rule"
         between = f"from {start} at {step_name(steps[first])} to {end} by {step_name(steps[last])}"
         if rose:
-            words, head = f"{lead}{share} rose {between}", f"bilingual features{suffix} appeared"
-            if start.value > 0.05:
-                head = f"bilingual features{suffix} became more"
+            verb = "became more" if start.value > 0.05 else "appeared"
+            words, head = f"{lead}{share} rose {between}", f"bilingual features{suffix} {verb} ({percent(end.value)})"
         elif fell:
             words, head = f"{lead}{share} fell {between}", f"bilingual features{suffix} became fewer"
         elif rose is None:
@@ -255,16 +215,22 @@ def _bilingual(data: ReportData, table: pa.Table) -> tuple[str, str, str | None]
         else:
             words = f"{lead}{share} went {between}, a change that the intervals do not separate from none"
             head = f"no clear change in bilingual features{suffix}"
-    return f"{_capital(words)}; {_controls(data, measure, end)}.", head, measure
+        top = int(np.nanargmax(numbers(table, measure)))
+        if top != last and above(estimate(table, top, measure), end):
+            words += f", after a peak of {estimate(table, top, measure)} at {step_name(steps[top])}"
+    control_words, apart = _controls(data, measure, end)
+    if peak > 0 and not apart:
+        head += ", but not clearly more than in a control"
+    return f"{_capital(words)}; {control_words}.", head, measure
 
 
 def _capital(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def _controls(data: ReportData, measure: str, end: Estimate) -> str:
-    """What the whole-model controls did, in one clause, and whether the claim stands apart from them."""
-    clauses = []
+def _controls(data: ReportData, measure: str, end: Estimate) -> tuple[str, bool]:
+    """What the whole-model controls did, in one clause, and whether the main model stands apart from all of them."""
+    clauses, stands_apart = [], True
     for control, model in data.control_models():
         if model == data.main_model:
             continue
@@ -280,15 +246,14 @@ def _controls(data: ReportData, measure: str, end: Estimate) -> str:
         apart = above(end, control_end)
         verdict = {
             True: "",
-            False: ", which is not clearly below it",
+            False: ", which the intervals do not set apart from the main model",
             None: ", without an interval to compare",
         }[apart]
+        stands_apart &= apart is not False
         clauses.append(f"{name} ended at {control_end}{where}{verdict}")
-    return (
-        "; ".join(clauses)
-        if clauses
-        else "no negative control was run, so how much of this needs no bilingual data is not known"
-    )
+    if not clauses:
+        return "no negative control was run, so how much of this needs no bilingual data is not known", True
+    return "; ".join(clauses), stands_apart
 
 
 def _stats(data: ReportData, table: pa.Table, measure: str | None) -> list[Stat]:
@@ -361,10 +326,10 @@ def _seed_caveat(data: ReportData, measure: str | None) -> list[str]:
             values = numbers(table, column) if column else np.array([np.nan])
             if np.isfinite(values).any():
                 ranges.append(f"{name} {percent(float(np.nanmin(values)))} to {percent(float(np.nanmax(values)))}")
-        text += f"; over {n_lm} LM and {n_sae} SAE seed(s) the last checkpoint ranges: {', '.join(ranges)}"
+        seeds = f"{plural(n_lm, 'LM seed')} and {plural(n_sae, 'SAE seed')}"
+        text += f"; over {seeds} the last checkpoint ranges: {', '.join(ranges)}"
     if n_lm < SEEDS_FOR_A_CLAIM:
-        text += f"; with {n_lm} LM seed{'s' if n_lm > 1 else ''} no claim is made about other "
-        "training runs or about model sizes"
+        text += f"; with {plural(n_lm, 'LM seed')} no claim is made about other training runs or about model sizes"
     return [text + "."]
 
 
@@ -382,8 +347,3 @@ def _alive_caveat(table: pa.Table) -> list[str]:
         f"Few features are alive at step{'s' if len(few) > 1 else ''} {named} (as few as {counts}): "
         f"shares there are weak evidence."
     ]
-
-
-def tokens_words(value: float | None) -> str:
-    """Tokens seen in words: `1.5 M tokens`."""
-    return "" if value is None or not math.isfinite(value) else f"{short_number(value)} tokens"

@@ -9,16 +9,16 @@ import numpy as np
 import pyarrow as pa
 
 from glottoscope.report.data import CONTROL_NAMES, ReportData, interval, measured, numbers, where
+from glottoscope.report.estimate import bracket, estimate
 from glottoscope.report.html import definition_table, esc, number, table, tokens
-from glottoscope.report.summary import bracket
 
 
 def _share(rows: pa.Table, row: int, measure: str) -> str:
-    value, low, high = (float(part[row]) for part in interval(rows, measure))
-    if not math.isfinite(value):
+    share = estimate(rows, row, measure)
+    if not math.isfinite(share.value):
         return "–"
-    extent = bracket(low, high)
-    return f"{100 * value:.1f}" + (f" <small>{extent}</small>" if extent else "")
+    extent = bracket(share.low, share.high)
+    return f"{100 * share.value:.1f}" + (f" <small>{extent}</small>" if extent else "")
 
 
 def _unit(rows: pa.Table, row: int, measure: str) -> str:
@@ -177,7 +177,12 @@ def turning_table(data: ReportData) -> str:
         "fall until there (points)",
         "rise since (points)",
     )
-    return table(head, body, caption="Turning step of the mixed share") if body else ""
+    return (
+        table(head, body, caption="Turning step of the mixed share")
+        + ('<p class="caption">Choosing the lowest of several noisy values makes fall and rise a little too large.</p>')
+        if body
+        else ""
+    )
 
 
 def settings_tables(data: ReportData) -> str:

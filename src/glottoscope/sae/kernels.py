@@ -5,8 +5,8 @@ A (row, feature) pairs (B * K).
 
 Only (row, feature) pairs picked by TopK carry gradient, so after the dense encoder product everything is a gather:
 the decoder output and its gradient are bags of K decoder rows, and the two weight gradients are bags of batch rows
-per feature, after one stable sort of the B * K indices. A dense variant was measured too and is slower unless
-n < 8 k, so there is no second path.
+per feature, after one stable sort of the B * K indices. There is no second path with dense products for small n: timed
+operation by operation at d = 128, n = 192, k = 4 they cost 2.5 to 20 times more, and would win only below some n = 8 k.
 """
 
 from __future__ import annotations

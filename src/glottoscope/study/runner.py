@@ -1,0 +1,329 @@
+"""Running a study: which units of which stage are missing, in what order, and what the run says of itself.
+
+pretrain > tokens > train > features > score > report. A stage that is complete with the same settings and inputs is
+not run again; what changed is done anew, and what no setting refers to stays until `clean`.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Console
+
+import glottoscope
+from glottoscope.errors import InputError
+from glottoscope.study.config import STAGES, PlantedCorpus, PretrainModel, Study, TextCorpus
+from glottoscope.study.engine import Engine, Failure, Outcome, Unit
+from glottoscope.study.load import corpus_path
+from glottoscope.study.plan import Cell
+from glottoscope.study.stages import collecting, pretraining, reporting, scoring, tokenizing, training
+from glottoscope.study.stages.context import Context
+from glottoscope.study.store import RunStore, digest, file_digest, tree_size
+
+LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "scipy", "pyarrow", "safetensors", "matplotlib", "pydantic")
+
+
+class RunResult(NamedTuple):
+    """What became of a run."""
+
+    failures: list[Failure]
+    stage: str  # the last stage that ran
+
+    @property
+    def exit_code(self) -> int:
+        """0 done, 1 some cells failed, 2 bad input."""
+        if not self.failures:
+            return 0
+        return 2 if all(f.bad_input for f in self.failures) else 1
+
+
+def run_study(
+    study: Study, out: Path, *, until: str = "report", workers: int | None = None, console: Console | None = None
+) -> RunResult:
+    """Run a study into its run directory, continuing whatever is there.
+
+    Args:
+        until: last stage to run.
+        workers: local processes; default: cores / compute.threads. It changes no number.
+
+    Raises:
+        InputError: bad input found before anything runs.
+    """
+    console = console or Console(stderr=True)
+    store = RunStore(out)
+    with store.lock():
+        preflight(study)
+        store.create(study, describe_run(study))
+        for path in store.leftovers():
+            store.remove(path)
+        context = Context(store.study(), store)
+        memory = memory_budget(context.study, workers)
+        count = workers or max(1, (os.cpu_count() or 1) // context.study.compute.threads)
+        with Engine(count, context.study.compute.threads, store.log_path, console) as engine:
+            result = RunResult([], STAGES[0])
+            for stage, units in stages(context, memory):
+                if STAGES.index(stage) > STAGES.index(until):
+                    break
+                outcome = engine.run(stage, units())
+                result = RunResult(result.failures + outcome.failures, stage)
+                if outcome.failures:
+                    _explain(console, outcome, stage)
+                    break
+    return result
+
+
+def preflight(study: Study) -> None:
+    """Find bad input before anything runs: missing corpus files, missing checkpoints."""
+    if isinstance(study.corpus, TextCorpus):
+        aligned = study.corpus.aligned
+        paths = [s.path for s in study.corpus.sources]
+        paths += [p for p in (aligned.train, aligned.dev, aligned.test) if p] if aligned else []
+        for path in paths:
+            place = corpus_path(study.corpus, path)
+            if not place.exists() and not list(place.parent.glob(place.name)):
+                raise InputError(f"{place}: no such file, folder or glob (corpus of the study; set corpus.root?)")
+    from glottoscope.study.plan import expand
+
+    for run in expand(study):
+        for ref in run.checkpoints:
+            if ref.path is not None and getattr(run.spec, "hub_id", None) is None and not Path(ref.path).is_dir():
+                raise InputError(f"model {run.name}: no checkpoint folder {ref.path} (step {ref.step})")
+
+
+def memory_budget(study: Study, workers: int | None) -> float:
+    """Bytes one process may use: compute.memory_gb, or four fifths of the machine divided by the processes."""
+    if study.compute.memory_gb is not None:
+        return study.compute.memory_gb * 2**30
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    count = workers or max(1, (os.cpu_count() or 1) // study.compute.threads)
+    return 0.8 * total / count
+
+
+def describe_run(study: Study) -> dict[str, Any]:
+    """The manifest: what produced the results, without paths of the machine or times."""
+    from importlib.metadata import version
+
+    import torch
+
+    from glottoscope.lm.checkpoints import choose_device
+
+    return {
+        "glottoscope": glottoscope.__version__,
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
+        "machine": {
+            "system": platform.system(), "architecture": platform.machine(), "device": choose_device(study.compute.device),
+            "threads": study.compute.threads, "matmul_precision": torch.get_float32_matmul_precision(),
+        },
+        "seeds": {
+            "study": study.study.seed, "sae": list(study.sae.seeds),
+            "lm": {m.name: list(m.seeds) if isinstance(m, PretrainModel) else m.seed for m in study.models},
+        },
+        "hashes": {"study": digest(study.dump()), "code": _code_hash()},
+    }  # fmt: skip
+
+
+def _code_hash() -> str:
+    root = Path(glottoscope.__file__).parent
+    return digest([(str(p.relative_to(root)), file_digest(p)) for p in sorted(root.rglob("*.py"))])
+
+
+def _explain(console: Console, outcome: Outcome, stage: str) -> None:
+    total = len(outcome.done) + len(outcome.failures)
+    console.print(f"[red]{stage}: {len(outcome.failures)} of {total} failed[/red]; the rest is kept, run again to continue")
+    for failure in outcome.failures:
+        console.print(f"  {failure.unit}: {failure.message}", markup=False, highlight=False)
+
+
+# ---- the graph
+
+Units = Callable[[], list[Unit]]
+
+
+def stages(context: Context, memory: float) -> Iterator[tuple[str, Units]]:
+    """Every stage with a function that lists its missing units; asked in order, since later ones depend on earlier."""
+    yield "pretrain", lambda: _tokenizer_units(context)
+    yield "pretrain", lambda: _text_units(context)
+    yield "pretrain", lambda: _pretrain_units(context)
+    yield "tokens", lambda: _token_units(context)
+    yield "train", lambda: _cell_units(context, memory, training.train_cell, training.missing_layers, choosers=True)
+    yield "train", lambda: _cell_units(context, memory, training.train_cell, training.missing_layers, choosers=False)
+    yield "features", lambda: _cell_units(context, memory, collecting.collect_cell, collecting.missing_layers)
+    yield "score", lambda: _ruler_units(context)
+    yield "score", lambda: _score_units(context)
+    yield "score", lambda: _table_units(context)
+    yield "report", lambda: _report_units(context)
+
+
+def _tokenizer_units(context: Context) -> list[Unit]:
+    store = context.store
+    if store.is_done(store.tokenizer_dir, "tokenizer", context.tokenizer_key):
+        return []
+    return [Unit("tokenizer", tokenizing.make_tokenizer, (str(store.root),))]
+
+
+def _text_units(context: Context) -> list[Unit]:
+    store = context.store
+    wanted = [r for r in pretraining.pretrained_runs(context) if not pretraining.is_pretrained(context, r)]
+    if isinstance(context.study.corpus, PlantedCorpus) or not wanted:
+        return []
+    if store.is_done(pretraining.text_dir(context), "lm_text", context.corpus_key):
+        return []
+    return [Unit("text for the language model", pretraining.make_lm_text, (str(store.root),))]
+
+
+def _pretrain_units(context: Context) -> list[Unit]:
+    missing = [r for r in pretraining.pretrained_runs(context) if not pretraining.is_pretrained(context, r)]
+    units = []
+    for run in missing:
+        assert run.shape is not None
+        assert isinstance(run.spec, PretrainModel)
+        weight = run.spec.steps * run.spec.batch_size * (run.shape.n_params + 10**6) / 10**9
+        units.append(Unit(run.name, pretraining.pretrain_model, (str(context.store.root), run.name), weight))
+    # Longest first: two workers then end at about the same time.
+    return sorted(units, key=lambda u: -u.weight)
+
+
+def _token_units(context: Context) -> list[Unit]:
+    store = context.store
+    if store.is_done(store.tokens_dir, "tokens", context.tokens_key):
+        return []
+    return [Unit("token store", tokenizing.make_tokens, (str(store.root),))]
+
+
+def _cell_units(
+    context: Context, memory: float, function: Callable[..., None], missing: Callable[..., list[int]],
+    choosers: bool | None = None,
+) -> list[Unit]:  # fmt: skip
+    """Units of one cell x layer group each, of the cells that choose learning rates, of the others, or of all."""
+    units = []
+    for cell in context.cells:
+        if choosers is not None and choosers != _is_chooser(context, cell):
+            continue
+        for group in context.groups(cell.model, memory):
+            if layers := missing(context, cell, group):
+                arguments = (str(context.store.root), cell.model.name, cell.checkpoint.step, tuple(layers))
+                assert cell.model.shape is not None
+                weight = len(layers) * cell.model.shape.d_model
+                units.append(Unit(_name(cell, layers, context), function, arguments, weight))
+    return sorted(units, key=lambda u: -u.weight)
+
+
+def _is_chooser(context: Context, cell: Cell) -> bool:
+    return context.chooses_lr(cell)
+
+
+def _name(cell: Cell, layers: Sequence[int], context: Context) -> str:
+    every = cell.model.known_layers()
+    return cell.name if len(layers) == len(every) else f"{cell.name} layers {layers[0]}-{layers[-1]}"
+
+
+def _ruler_units(context: Context) -> list[Unit]:
+    units = []
+    for run in {context.ruler_run(r).name: context.ruler_run(r) for r in context.runs}.values():
+        units += [
+            Unit(f"{run.name} {name}", scoring.make_rulers, (str(context.store.root), run.name, (name,)))
+            for name in scoring.missing_rulers(context, run)
+        ]
+    return units
+
+
+def _score_units(context: Context) -> list[Unit]:
+    groups: dict[tuple[str, int], list[tuple[int, int]]] = {}
+    for cell in context.cells:
+        for layer, seed in scoring.missing_setups(context, cell):
+            groups.setdefault((cell.model.name, layer), []).append((cell.checkpoint.step, seed))
+    return [
+        Unit(f"{model} layer {layer}", scoring.score_layer, (str(context.store.root), model, layer, tuple(cells)), len(cells))
+        for (model, layer), cells in groups.items()
+    ]
+
+
+def _table_units(context: Context) -> list[Unit]:
+    store = context.store
+    if store.is_done(store.tables_dir, "tables", scoring.tables_key(context)):
+        return []
+    return [Unit("tables", scoring.make_tables, (str(store.root),))]
+
+
+def _report_units(context: Context) -> list[Unit]:
+    key = reporting.report_key(context, scoring.tables_key(context))
+    if context.store.is_done(context.store.report_dir, "report", key):
+        return []
+    return [Unit("report", reporting.make_report, (str(context.store.root), key))]
+
+
+# ---- housekeeping
+
+
+class StageStatus(NamedTuple):
+    """How far a stage is."""
+
+    stage: str
+    missing: int  # units
+    words: str
+
+
+def status(root: Path) -> list[StageStatus]:
+    """How far every stage of a run directory is."""
+    store = RunStore(root)
+    context = Context(store.study(), store)
+    memory = memory_budget(context.study, None)
+    counts: dict[str, int] = dict.fromkeys(STAGES, 0)
+    unknown = None
+    for stage, units in stages(context, memory):
+        if unknown is not None:
+            break
+        try:
+            counts[stage] += len(units())
+        except (InputError, FileNotFoundError):
+            unknown = stage  # an earlier stage has to run before its units can be told
+    rows = []
+    blocked = False
+    for stage in STAGES:
+        if blocked or (unknown is not None and STAGES.index(stage) >= STAGES.index(unknown)):
+            rows.append(StageStatus(stage, -1, "waits for the stages before"))
+        else:
+            rows.append(StageStatus(stage, counts[stage], "done" if not counts[stage] else f"{counts[stage]} units to do"))
+        blocked = blocked or counts[stage] > 0
+    return rows
+
+
+def clean(root: Path, *, dry_run: bool = False) -> list[tuple[Path, int]]:
+    """Remove what no setting of the study refers to: cells, layers, seeds, models and rulers; returns path and bytes."""
+    store = RunStore(root)
+    with store.lock():
+        context = Context(store.study(), store)
+        wanted = _wanted(context)
+        removed = [(path, 0) for path in store.leftovers()]
+        for parent in (store.cells_dir, store.models_dir, store.rulers_dir):
+            if parent.is_dir():
+                removed += [(p, 0) for p in sorted(parent.iterdir()) if p not in wanted]
+        for cell in context.cells:
+            folder = store.cell_dir(cell.model.name, cell.checkpoint.step)
+            for layer in sorted(folder.glob("layer_*")):
+                seeds = sorted(layer.glob("seed_*"))
+                unwanted = [s for s in seeds if s not in wanted]
+                removed += [(layer, 0)] if seeds and len(unwanted) == len(seeds) else [(s, 0) for s in unwanted]
+        for run in pretraining.pretrained_runs(context):
+            removed += [
+                (p, 0) for p in sorted(store.model_dir(run.name).glob("step_*")) if p not in wanted
+            ]
+        if dry_run:
+            return [(path, tree_size(path)) for path, _ in removed]
+        return [(path, store.remove(path)) for path, _ in removed if path.exists()]
+
+
+def _wanted(context: Context) -> set[Path]:
+    store = context.store
+    paths: set[Path] = set()
+    for cell in context.cells:
+        model, step = cell.model.name, cell.checkpoint.step
+        paths |= {store.cell_dir(model, step), store.ruler_dir(cell.model.lm)}
+        if cell.checkpoint.path is None:
+            paths |= {store.model_dir(cell.model.lm), store.checkpoint_dir(cell.model.lm, step)}
+        paths |= {store.setup_dir(model, step, layer, seed) for layer, seed in context.setups(cell)}
+    return paths
