@@ -108,9 +108,7 @@ def patterns() -> list[PatternExample]:
     ]
     long = [(f"word{i} ", 0.01) for i in range(60)] + [("peak ", 1.0)] + [(f"after{i} ", 0.02) for i in range(60)]
     return [
-        PatternExample(
-            "toy-128", 0, 2, "early", 13, "mixed", False, 0.02, [("en", english), ("ja", japanese), ("en", hostile)]
-        ),
+        PatternExample("toy-128", 0, 2, "early", 13, "mixed", False, 0.02, [("en", english), ("ja", japanese), ("en", hostile)]),
         PatternExample("toy-128", 300, 2, "middle", 44, "en", None, None, [("en", english), ("en", long)]),
         PatternExample("toy-128", 1500, 2, "last", 7, "mixed", True, 0.71, [("en", english), ("ja", japanese)] * 2),
     ]
@@ -124,9 +122,7 @@ def report_data(**changes: Any) -> ReportData:
     rows += evolution_rows("toy-128", "frozen_decoder", steps=(1500,), layers=(2,), seed=3)
     rows += evolution_rows("toy-128-shuffled", "shuffled", steps=(1500,), layers=(2,), seed=4)
     key = ("control", "family", "model", "d_model", "n_params", "step", "tokens_seen", "layer", "lm_seed", "sae_seed")
-    main = [
-        row for row in rows if row["layer"] == 2 and row["control"] in ("none", "negative") and row["sae_seed"] == 0
-    ]
+    main = [row for row in rows if row["layer"] == 2 and row["control"] in ("none", "negative") and row["sae_seed"] == 0]
     sweeps = [
         {
             **{k: row[k] for k in key},

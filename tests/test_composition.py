@@ -101,9 +101,7 @@ def read_documents(order: str | tuple[str, ...], languages: int = 2) -> list[lis
     aligned = articles(languages=languages)
     n_tokens = sum(len(t) + 1 for article in aligned for pair in article for t in pair) + len(aligned)
     monolingual = {f"l{g}": documents(g) * 4 for g in range(languages)}
-    source = text(
-        order=order, monolingual=monolingual, aligned=aligned, context_length=n_tokens + 1, parallel_share=1.0
-    )
+    source = text(order=order, monolingual=monolingual, aligned=aligned, context_length=n_tokens + 1, parallel_share=1.0)
     row = source.lm_batch(0, 1)[0, 1:]
     out: list[list[tuple[int, int, int]]] = []
     for part in np.split(row, np.flatnonzero(row == BOS))[1:]:

@@ -189,9 +189,7 @@ def test_published_examples_merge_into_valid_text() -> None:
     if not path.exists():
         pytest.skip("no published features in shared/features")
     with open(path, encoding="utf-8") as handle:
-        examples = [
-            example for line, _ in zip(handle, range(20), strict=False) for example in json.loads(line)["examples"]
-        ]
+        examples = [example for line, _ in zip(handle, range(20), strict=False) for example in json.loads(line)["examples"]]
     n_tokens = n_broken = 0
     for example in examples:
         spans = merge_spans([piece_bytes(token) for token in example["tokens"]])

@@ -53,9 +53,7 @@ def test_entropies_and_r_equal_brute_force(seed: int, rows: int) -> None:
     cluster = rng.integers(0, 4, n_tokens)
     mono = monosemanticity(tokens, cluster[tokens.group], n_features)
     for f in range(n_features):
-        of_token = {
-            int(t): int(c) for i, t, c in zip(tokens.feature, tokens.group, tokens.count, strict=True) if i == f
-        }
+        of_token = {int(t): int(c) for i, t, c in zip(tokens.feature, tokens.group, tokens.count, strict=True) if i == f}
         if not of_token:
             assert all(np.isnan(column[f]) for column in (mono.h_token, mono.h_semantic, mono.r))
             assert not mono.single_token[f]
@@ -162,9 +160,7 @@ def test_global_clustering_leaves_out_tokens_that_do_not_occur() -> None:
     clustering = cluster_tokens(vectors, weights, seed=0, theta=0.6)
     assert clustering.labels is not None
     occurring = np.flatnonzero(weights > 0)
-    np.testing.assert_array_equal(
-        clustering.labels[occurring], occurring[average_linkage(vectors[occurring], clustering.theta)]
-    )
+    np.testing.assert_array_equal(clustering.labels[occurring], occurring[average_linkage(vectors[occurring], clustering.theta)])
     np.testing.assert_array_equal(clustering.labels[weights == 0], np.flatnonzero(weights == 0))
     assert clustering.labels[5] == 5  # a zero vector is like nothing
     assert clustering.n_clusters == len(set(clustering.labels[occurring].tolist()))

@@ -15,9 +15,7 @@ from glottoscope.features.truth import ConceptMeans, alignment_truth, auc, plant
 CONCEPT = np.array([0, 1, 2, 3, 0, 1, 2, 3, -1, -1])
 
 
-def truth(
-    entries: list[tuple[int, int, int, int]], n_features: int = 1, **options: Any
-) -> tuple[list[float], list[bool]]:
+def truth(entries: list[tuple[int, int, int, int]], n_features: int = 1, **options: Any) -> tuple[list[float], list[bool]]:
     feature, token, language, count = zip(*entries, strict=True)
     result = planted_truth(feature, token, language, count, CONCEPT, n_features=n_features, **options)
     return result.overlap.tolist(), result.bilingual.tolist()

@@ -168,9 +168,7 @@ def test_discovery_sorts_numerically(tmp_path: Path) -> None:
     assert [c.step for c in discover(tmp_path / "iter_00000*", tokens_per_step=1)] == [9, 10]
 
 
-@pytest.mark.parametrize(
-    "name", ["iter_0000012", "step_12", "step12", "checkpoint-12", "pythia-70m-step12", "global_step12"]
-)
+@pytest.mark.parametrize("name", ["iter_0000012", "step_12", "step12", "checkpoint-12", "pythia-70m-step12", "global_step12"])
 def test_names_that_hold_a_step(name: str, tmp_path: Path) -> None:
     (tmp_path / name).mkdir()
     assert [c.step for c in discover(tmp_path, tokens_per_step=1)] == [12]

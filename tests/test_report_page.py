@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import re
+from base64 import b64decode
 from html.parser import HTMLParser
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -12,6 +14,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pyarrow as pa
 import pytest
+from fontTools.ttLib import TTFont
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from report_fixture import evolution_rows, report_data
@@ -21,6 +24,7 @@ from glottoscope.report.data import KEY, ReportData
 from glottoscope.report.html import esc
 from glottoscope.report.page import build_report
 from glottoscope.report.style import drawable, missing_glyphs, spread, visible
+from glottoscope.report.webfont import font_face
 
 
 @pytest.fixture(scope="module")
@@ -59,9 +63,7 @@ def test_files_and_self_containment(report: Path) -> None:
         assert {f"{name}.svg", f"{name}.png"} <= names
     assert "<script" not in html.lower()
     loaded = re.findall(r'(?:src|srcset)="([^"]*)"|url\(([^)]*)\)|@import|<link', html)
-    assert all(match[1].startswith(("#", "data:font/woff;base64,")) for match in loaded if isinstance(match, tuple)), (
-        loaded
-    )
+    assert all(match[1].startswith(("#", "data:font/woff;base64,")) for match in loaded if isinstance(match, tuple)), loaded
     assert set(re.findall(r'<a href="(http[^"]*)"', html)) == {"https://arxiv.org/abs/2503.06394"}
     ids = re.findall(r'\bid="([^"]+)"', html)
     assert len(ids) == len(set(ids))
@@ -138,9 +140,7 @@ CASES: dict[str, ReportData] = {
     "one row": bare(evolution_rows("m", "none", steps=(30,), layers=(0,))),
     "three languages": bare(evolution_rows("m", "none", languages=LANGUAGES), languages=list(LANGUAGES)),
     "nulls": bare([], evolution=nulls(pa.Table.from_pylist(evolution_rows("m", "none")))),
-    "key columns only": bare(
-        [], evolution=pa.Table.from_pylist(evolution_rows("m", "none")).select([*KEY, "share_mixed"])
-    ),
+    "key columns only": bare([], evolution=pa.Table.from_pylist(evolution_rows("m", "none")).select([*KEY, "share_mixed"])),
     "only a control": bare(evolution_rows("m", "negative")),
     "hostile model name": bare(evolution_rows("$a_{b}$ <i>", "none", steps=(0, 10))),
 }
@@ -152,6 +152,15 @@ def test_any_shape_of_study_renders(case: str, tmp_path: Path) -> None:
     text = text_of(page.read_text(encoding="utf-8"))
     assert "nan" not in re.split(r"\W+", text.lower())
     assert list((tmp_path / "figures").glob("fig3_steps_*.png"))
+
+
+def test_the_page_carries_its_japanese_glyphs(report: Path) -> None:
+    match = re.search(r"data:font/woff;base64,([A-Za-z0-9+/=]+)", report.read_text(encoding="utf-8"))
+    assert match is not None
+    with TTFont(BytesIO(b64decode(match.group(1)))) as font:
+        held = {chr(code) for code in font.getBestCmap() or {}}
+    assert set("その古い川は冷たかった") <= held and len(held) < 100
+    assert font_face("no Japanese") == ""
 
 
 def test_old_figures_are_replaced(tmp_path: Path) -> None:
@@ -170,9 +179,7 @@ def test_unusable_tables_are_input_errors() -> None:
 
 def test_japanese_has_glyphs_and_absent_characters_are_found() -> None:
     assert (
-        missing_glyphs(
-            ["日本語の特徴、ひらがな・カタカナ「引用」ー々〆ヶ", "明治 昭和 平成 天皇 藤原氏", "Mixed ≥ 0.5 – …"]
-        )
+        missing_glyphs(["日本語の特徴、ひらがな・カタカナ「引用」ー々〆ヶ", "明治 昭和 平成 天皇 藤原氏", "Mixed ≥ 0.5 – …"])
         == set()
     )
     assert missing_glyphs(["漢字 \U00013000 ok"]) == {"\U00013000"}

@@ -67,9 +67,7 @@ CONTROL = rows_of([0.1] * 4, [0.0] * 4, control="negative", model="c")
 def test_fall_rise_and_bilingual() -> None:
     a = told(rows_of([0.4, 0.1, 0.2, 0.35], [0.0, 0.0, 0.1, 0.25]), CONTROL)
     assert a.headline == "Mixed features fell and rose again; bilingual features appeared (25.0 %)."
-    assert (
-        "fell from 40.0 % (160 of 400) [36.0, 44.0] at step 0 (before training) to 10.0 % (40 of 400)" in a.sentences[0]
-    )
+    assert "fell from 40.0 % (160 of 400) [36.0, 44.0] at step 0 (before training) to 10.0 % (40 of 400)" in a.sentences[0]
     assert "rose again to 35.0 %" in a.sentences[0] and "by step 1,000." in a.sentences[0]
     assert "to 25.0 % (100 of 400) [21.0, 29.0]" in a.sentences[1]
     assert "negative control (no cross-lingual signal) ended at 0.0 % (0 of 400) [0.0, 1.0]" in a.sentences[1]
@@ -93,9 +91,8 @@ def test_other_courses_of_mixed(mixed: list[float], headline: str, words: str) -
     a = told(rows_of(mixed, [0.0] * 4))
     assert headline in a.headline and words in a.sentences[0]
     assert "no features bilingual" in a.headline or "no bilingual features" in a.headline
-    assert (
-        "no feature was bilingual by translation pairs at any checkpoint: 0.0 % (0 of 400) [0.0, 1.0]"
-        in a.sentences[1].replace("No", "no")
+    assert "no feature was bilingual by translation pairs at any checkpoint: 0.0 % (0 of 400) [0.0, 1.0]" in a.sentences[1].replace(
+        "No", "no"
     )
     assert "no negative control was run" in a.sentences[1]
 

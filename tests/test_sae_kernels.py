@@ -35,9 +35,7 @@ def unit_rows(b: int, d: int, seed: int, dtype: torch.dtype) -> Tensor:
 
 def dense_float64(sae: TopKSAE, u_BD: Tensor, indices_BK: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor]:
     """Loss, gradients and preactivations by dense autograd in float64, with the same features picked."""
-    leaves = {
-        name: getattr(sae, name).double().clone().requires_grad_() for name in ("W_enc", "b_enc", "W_dec", "b_dec")
-    }
+    leaves = {name: getattr(sae, name).double().clone().requires_grad_() for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
     u_BD = u_BD.double()
     pre_BN = (u_BD - leaves["b_dec"]) @ leaves["W_enc"].T + leaves["b_enc"]
     picked_BN = torch.zeros_like(pre_BN).scatter(1, indices_BK, 1.0)

@@ -23,9 +23,7 @@ def data(b: int, seed: int) -> tuple[Tensor, Tensor]:
     return u / u.norm(dim=1, keepdim=True), language
 
 
-def measure(
-    u: Tensor, u_hat: Tensor, language: Tensor, l0: Tensor | None = None, cuts: tuple[int, ...] = ()
-) -> Quality:
+def measure(u: Tensor, u_hat: Tensor, language: Tensor, l0: Tensor | None = None, cuts: tuple[int, ...] = ()) -> Quality:
     accumulator = QualityAccumulator(D, 2)
     l0 = torch.full((len(u),), 4) if l0 is None else l0
     edges = [0, *sorted(cuts), len(u)]

@@ -51,9 +51,7 @@ def test_each_position_once_per_epoch_but_for_the_tail(sizes: list[int], batch: 
         return
     per_epoch = total // batch
     source = Source(sizes)
-    stream = ShuffledActivations(
-        source, batch_size=batch, n_steps=3 * per_epoch, buffer_tokens=batch + extra, seed=seed
-    )
+    stream = ShuffledActivations(source, batch_size=batch, n_steps=3 * per_epoch, buffer_tokens=batch + extra, seed=seed)
     batches = collect(stream)
     assert len(batches) == len(stream) == 3 * per_epoch and all(len(b) == batch for b in batches)
     for e in range(3):
@@ -67,9 +65,7 @@ def test_each_position_once_per_epoch_but_for_the_tail(sizes: list[int], batch: 
 
 def test_seed_decides_the_order() -> None:
     def run(seed: int, buffer_tokens: int) -> list[list[int]]:
-        return collect(
-            ShuffledActivations(Source([50] * 4), batch_size=10, n_steps=40, buffer_tokens=buffer_tokens, seed=seed)
-        )
+        return collect(ShuffledActivations(Source([50] * 4), batch_size=10, n_steps=40, buffer_tokens=buffer_tokens, seed=seed))
 
     for buffer_tokens in (60, 1000):
         assert run(1, buffer_tokens) == run(1, buffer_tokens) != run(2, buffer_tokens)

@@ -62,9 +62,7 @@ def test_mining_equals_brute_force(
     is_word = np.array([words >> v & 1 for v in range(12)], dtype=bool)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(switching, "CHUNK_ENTRIES", chunk_entries)
-        mined = mine_dictionary(
-            pairs_a, pairs_b, vocab_size=12, is_word=is_word, min_phi=0.25, min_count=2, max_shared=shared
-        )
+        mined = mine_dictionary(pairs_a, pairs_b, vocab_size=12, is_word=is_word, min_phi=0.25, min_count=2, max_shared=shared)
     expected = brute_force(pairs_a, pairs_b, is_word, 0.25, 2, shared)
     assert list(zip(mined.a.tolist(), mined.b.tolist(), strict=True)) == [(a, b) for a, b, _ in expected]
     np.testing.assert_allclose(mined.phi, [phi for _, _, phi in expected])

@@ -45,9 +45,7 @@ def test_digits_stand_alone_and_scripts_never_mix(tokenizer: PreTrainedTokenizer
     for text in TEXTS[:4]:
         for piece in pieces(tokenizer, text):
             assert len(piece.strip()) == 1 or not any(character.isdigit() for character in piece), piece
-            names = [
-                unicodedata.name(character, "") for character in piece if character.isalpha() and character != "ー"
-            ]
+            names = [unicodedata.name(character, "") for character in piece if character.isalpha() and character != "ー"]
             assert len({script for script in scripts for name in names if name.startswith(script)}) <= 1, piece
     assert {"将棋", "とは"} <= set(pieces(tokenizer, TEXTS[2]))
 

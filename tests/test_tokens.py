@@ -43,9 +43,7 @@ def content(documents: list[list[int]]) -> list[tuple[int, int]]:
 def test_blocks_hold_the_stream_in_order(
     documents: list[list[int]], length: int, bos: Literal["document", "block", "none"], drop_short: bool
 ) -> None:
-    blocks = pack(
-        enumerate(documents), language=1, context_length=length, bos=bos, bos_id=BOS, pad_id=PAD, drop_short=drop_short
-    )
+    blocks = pack(enumerate(documents), language=1, context_length=length, bos=bos, bos_id=BOS, pad_id=PAD, drop_short=drop_short)
     assert blocks.tokens.shape == blocks.language.shape == blocks.document.shape
     assert blocks.tokens.shape[1] == length
     assert [array.dtype for array in blocks] == [np.uint32, np.uint8, np.uint32]
@@ -83,9 +81,7 @@ def test_document_starts(documents: list[list[int]], length: int, with_bos: bool
 
 
 @given(corpora, st.integers(2, 5), st.integers(0, 40), st.sampled_from(["blocks", "document_start"]))
-def test_max_tokens_is_a_prefix_in_whole_blocks(
-    documents: list[list[int]], length: int, max_tokens: int, mode: str
-) -> None:
+def test_max_tokens_is_a_prefix_in_whole_blocks(documents: list[list[int]], length: int, max_tokens: int, mode: str) -> None:
     settings: dict[str, Any] = {"language": 0, "context_length": length, "mode": mode, "bos_id": BOS}
     every = pack(enumerate(documents), drop_short=False, **settings)
     some = pack(enumerate(documents), drop_short=False, max_tokens=max_tokens, **settings)

@@ -153,9 +153,7 @@ class BilingualText:
         """How often a run of `n_rows` rows reads each stream: language (and "aligned") -> epochs."""
         stream_R, _ = self.streams_of(np.arange(n_rows))
         names = (*self.languages, PARALLEL)
-        return {
-            names[index]: int((stream_R == index).sum()) / stream.n_blocks for index, stream in enumerate(self._streams)
-        }
+        return {names[index]: int((stream_R == index).sum()) / stream.n_blocks for index, stream in enumerate(self._streams)}
 
 
 class _Stream:
@@ -256,9 +254,7 @@ def _parallel_stream(
         pass_PG[is_alternating_P] = (slot_PG[is_alternating_P] - index_P[is_alternating_P, None]) % n_languages
         slot_PG[is_alternating_P] = 0
         # Documents: the passes that there are; each begins with a BOS, which sorts before its sentences.
-        document_A, document_pass = np.nonzero(
-            np.arange(n_languages) < np.where(is_alternating_A, n_languages, 1)[:, None]
-        )
+        document_A, document_pass = np.nonzero(np.arange(n_languages) < np.where(is_alternating_A, n_languages, 1)[:, None])
         longest = int(pairs_A.max()) + 1
         rank_PG = rank_A[article_P][:, None] * n_languages + pass_PG
         key_PG = (rank_PG * longest + 1 + index_P[:, None]) * n_languages + slot_PG
@@ -281,16 +277,13 @@ def _flat(pieces: Any) -> NDArray[np.uint32]:
 
 def _check_length(n_tokens: int, block: int, what: str) -> None:
     if n_tokens < block:
-        raise InputError(
-            f"{what}: {n_tokens} tokens do not fill one block of {block}; give more text or a shorter context_length"
-        )
+        raise InputError(f"{what}: {n_tokens} tokens do not fill one block of {block}; give more text or a shorter context_length")
 
 
 def _partners(dictionary: Dictionary, vocab_size: int | None) -> NDArray[np.int64]:
     largest = int(max(dictionary.a.max(initial=-1), dictionary.b.max(initial=-1)))
     if vocab_size is None or largest >= vocab_size:
         raise InputError(
-            f"vocab_size is {vocab_size} and the dictionary holds token {largest}: "
-            "give the vocabulary size of the tokenizer"
+            f"vocab_size is {vocab_size} and the dictionary holds token {largest}: give the vocabulary size of the tokenizer"
         )
     return dictionary.partners(vocab_size)

@@ -19,9 +19,7 @@ _SURROGATES = re.compile("[\ud800-\udfff]")
 _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _SPACE_MARK = "\u2581"  # SentencePiece's visible space
 # Han, Hiragana, Katakana (half-width too): scripts written without spaces between words.
-_UNSPACED = re.compile(
-    "[\u3005-\u3007\u3041-\u30ff\u31f0-\u31ff\u3400-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff]"
-)
+_UNSPACED = re.compile("[\u3005-\u3007\u3041-\u30ff\u31f0-\u31ff\u3400-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff]")
 
 
 class Span(NamedTuple):
@@ -108,8 +106,7 @@ def token_bytes(tokenizer: Any) -> list[bytes]:
     added |= dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
     convert = _CONVERTERS[_notation(tokenizer)]
     return [
-        added[index].encode() if index in added else convert(name) if name is not None else b""
-        for index, name in enumerate(names)
+        added[index].encode() if index in added else convert(name) if name is not None else b"" for index, name in enumerate(names)
     ]
 
 
@@ -142,9 +139,7 @@ def _byte_alphabet() -> dict[str, int]:
 
 def _byte_level_bytes(piece: str) -> bytes:
     alphabet = _byte_alphabet()
-    return b"".join(
-        bytes([alphabet[character]]) if character in alphabet else character.encode() for character in piece
-    )
+    return b"".join(bytes([alphabet[character]]) if character in alphabet else character.encode() for character in piece)
 
 
 def _wordpiece_bytes(piece: str) -> bytes:

@@ -134,10 +134,7 @@ class Semantics:
         self.pool, self.pool_size = _padded([self._pool(t, c) for t in (*lx.TOPICS, None) for c in range(13)])
         by_name = {c.name: i for i, c in enumerate(concepts)}
         # What a verb takes: -1 - category for "any noun of it", or one concept.
-        objects = [
-            [-1 - lx.CATEGORIES.index(o) if o in lx.CATEGORIES else by_name[o] for o in c.objects] or [0]
-            for c in concepts
-        ]
+        objects = [[-1 - lx.CATEGORIES.index(o) if o in lx.CATEGORIES else by_name[o] for o in c.objects] or [0] for c in concepts]
         self.objects, self.n_objects = _padded(objects)
 
     @staticmethod
@@ -177,9 +174,7 @@ class Semantics:
 
         has_object = (kind == ACTION) | (kind == PERSON)
         has_place = flag["place"] | (kind == PLACE) | (kind == EXISTENCE)
-        categories = np.stack(
-            [subject_category, object_category, np.full(n, lx.PLACE), np.full(n, lx.PERSON)], axis=1
-        )  # [M, 4]
+        categories = np.stack([subject_category, object_category, np.full(n, lx.PLACE), np.full(n, lx.PERSON)], axis=1)  # [M, 4]
         used = np.stack([~flag["name"], has_object, has_place, flag["possessor"]], axis=1)
         fresh = np.stack([self._pick(topic, categories[:, i], next(uniform)) for i in range(4)], axis=1)
         fresh[:, 1] = np.where(choice >= 0, choice, fresh[:, 1])
@@ -209,9 +204,7 @@ class Semantics:
             determiner = np.where(flag["demonstrative"] & (i == 0), demonstrative, 0)
             # "there is" introduces: always indefinite; so is the doctor that a woman is.
             definite = known[:, i] & (kind != (EXISTENCE if i == 0 else PERSON))
-            phrases.append(
-                NounPhrase(np.where(present, noun[:, i], -1), adjective, number, plural, definite, determiner)
-            )
+            phrases.append(NounPhrase(np.where(present, noun[:, i], -1), adjective, number, plural, definite, determiner))
 
         time = np.where(flag["time"], self._pick(topic, lx.TIME, next(uniform)), -1)
         tense = np.where(flag["time"], self.forced_tense[time], 0)

@@ -87,9 +87,7 @@ def mine_dictionary(
         InputError: the two sides differ in number, `is_word` is not [V], or a token id lies outside the vocabulary.
     """
     if len(pairs_a) != len(pairs_b):
-        raise InputError(
-            f"aligned sentences differ in number: {len(pairs_a)} and {len(pairs_b)}; give one translation each"
-        )
+        raise InputError(f"aligned sentences differ in number: {len(pairs_a)} and {len(pairs_b)}; give one translation each")
     if is_word.shape != (vocab_size,):
         raise InputError(f"is_word has shape {is_word.shape}: it needs one entry per token, ({vocab_size},)")
     occurs_a_PV, occurs_b_PV = _occurrence(pairs_a, vocab_size), _occurrence(pairs_b, vocab_size)
@@ -121,9 +119,7 @@ def switch_tokens(
     return swap_tokens(tokens, dictionary.partners(vocab_size), probability, rng)
 
 
-def swap_tokens(
-    tokens: NDArray[Any], partner_V: NDArray[np.int64], probability: float, rng: np.random.Generator
-) -> NDArray[Any]:
+def swap_tokens(tokens: NDArray[Any], partner_V: NDArray[np.int64], probability: float, rng: np.random.Generator) -> NDArray[Any]:
     """`switch_tokens` for a caller who keeps the table of `Dictionary.partners`."""
     swap = rng.random(tokens.shape, dtype=np.float32) < probability
     return np.where(swap, partner_V[tokens], tokens).astype(tokens.dtype)

@@ -48,9 +48,7 @@ def attention_mask(language_BT: NDArray[np.uint8]) -> NDArray[np.bool_]:
     return np.asarray(language_BT) != PADDING
 
 
-def position_mask(
-    tokens_BT: NDArray[np.uint32], language_BT: NDArray[np.uint8], special_ids: Iterable[int]
-) -> NDArray[np.bool_]:
+def position_mask(tokens_BT: NDArray[np.uint32], language_BT: NDArray[np.uint8], special_ids: Iterable[int]) -> NDArray[np.bool_]:
     """bool [B, T]: the positions that count. Padding, BOS and special tokens never do.
 
     The one function behind training, statistics, browser and intervention.
@@ -147,9 +145,7 @@ def pack(
         if n_kept < len(running_B) or n_tokens == max_tokens:
             break
     if not kept:
-        return TokenBlocks(
-            np.zeros((0, width), np.uint32), np.zeros((0, width), np.uint8), np.zeros((0, width), np.uint32)
-        )
+        return TokenBlocks(np.zeros((0, width), np.uint32), np.zeros((0, width), np.uint8), np.zeros((0, width), np.uint32))
     tokens_BT, document_BT, real_BT = (np.concatenate(part) for part in zip(*kept, strict=True))
     tokens_BT[~real_BT] = pad_id
     language_BT = np.where(real_BT, np.uint8(language), np.uint8(PADDING))
@@ -328,9 +324,7 @@ def read_aligned_tokens(directory: Path, name: str) -> AlignedTokens:
         InputError: a file is missing or damaged.
     """
     directory = Path(directory)
-    tokens, length, article = (
-        _load(directory / f"{name}.{field}.npy", mmap=False) for field in ("tokens", "length", "article")
-    )
+    tokens, length, article = (_load(directory / f"{name}.{field}.npy", mmap=False) for field in ("tokens", "length", "article"))
     path = directory / f"{name}.ids.json"
     try:
         ids = json.loads(path.read_bytes())

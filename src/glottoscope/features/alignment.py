@@ -30,9 +30,7 @@ def mean_states(states: npt.ArrayLike, sentence: npt.ArrayLike, *, n_sentences: 
     states_MD = np.asarray(states, dtype=np.float64)
     sentence_M = np.asarray(sentence, dtype=np.int64)
     n_positions = len(sentence_M)
-    member_PM = sparse.csr_matrix(
-        (np.ones(n_positions), (sentence_M, np.arange(n_positions))), shape=(n_sentences, n_positions)
-    )
+    member_PM = sparse.csr_matrix((np.ones(n_positions), (sentence_M, np.arange(n_positions))), shape=(n_sentences, n_positions))
     return (member_PM @ states_MD) / np.maximum(np.bincount(sentence_M, minlength=n_sentences), 1)[:, None]
 
 

@@ -89,9 +89,7 @@ def sentence_firings(
     threshold_N = np.asarray(threshold, dtype=np.float64)
     fires_MK = (values_MK > threshold_N[indices_MK]) & (values_MK > 0) & np.asarray(counted, dtype=bool)[:, None]
     position, pick = np.nonzero(fires_MK)
-    keys = np.unique(
-        indices_MK[position, pick].astype(np.int64) * n_sentences + np.asarray(sentence, dtype=np.int64)[position]
-    )
+    keys = np.unique(indices_MK[position, pick].astype(np.int64) * n_sentences + np.asarray(sentence, dtype=np.int64)[position])
     return SentenceFirings(keys // n_sentences, keys % n_sentences, len(threshold_N), n_sentences)
 
 
@@ -277,9 +275,7 @@ def phi_interval(
     tail = 100 * (1 - level) / 2
     for start in range(0, len(defined), _FEATURE_CHUNK):
         rows = defined[start : start + _FEATURE_CHUNK]
-        draws_NR = _phi_from_counts(
-            both_NA[rows] @ weights_AR, a_NA[rows] @ weights_AR, b_NA[rows] @ weights_AR, total_R
-        )
+        draws_NR = _phi_from_counts(both_NA[rows] @ weights_AR, a_NA[rows] @ weights_AR, b_NA[rows] @ weights_AR, total_R)
         # A draw can leave a feature without a firing; a feature of one single article may lose all of them.
         some = np.isfinite(draws_NR).any(axis=1)
         low[rows[some]], high[rows[some]] = np.nanpercentile(draws_NR[some], [tail, 100 - tail], axis=1)

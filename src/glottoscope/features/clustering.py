@@ -79,9 +79,7 @@ def unit_rows(vectors: Array) -> Array:
     return vectors / np.where(norm > 0, norm, 1)
 
 
-def cosine_threshold(
-    unit: Array, weights: Array, *, seed: int, percentile: float = 99.0, n_pairs: int = 200_000
-) -> float:
+def cosine_threshold(unit: Array, weights: Array, *, seed: int, percentile: float = 99.0, n_pairs: int = 200_000) -> float:
     """The percentile of the cosine of pairs of distinct tokens, each drawn by frequency; 1 if no two tokens occur.
 
     Args:
@@ -123,9 +121,7 @@ def _condensed_row(row: int, n: int) -> int:
     return row * n - row * (row + 1) // 2
 
 
-def row_labels(
-    clustering: Clustering, tokens: Groups, n_features: int, *, max_tokens: int = 2_000
-) -> tuple[Array, Array]:
+def row_labels(clustering: Clustering, tokens: Groups, n_features: int, *, max_tokens: int = 2_000) -> tuple[Array, Array]:
     """Cluster of every row of a histogram.
 
     Args:

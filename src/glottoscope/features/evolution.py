@@ -49,9 +49,7 @@ def evolution_fields(languages: Sequence[str]) -> list[tuple[str, pa.DataType]]:
     return [(name, pa.float64()) for name in floats] + [(name, pa.int64()) for name in counts(languages)]
 
 
-def evolution_row(
-    table: Table, languages: Sequence[str], *, n_boot: int = 1000, seed: int
-) -> dict[str, float | int | None]:
+def evolution_row(table: Table, languages: Sequence[str], *, n_boot: int = 1000, seed: int) -> dict[str, float | int | None]:
     """Shares, means and counts of one setup with `_low` and `_high`.
 
     Args:
@@ -250,11 +248,7 @@ def _seed_key(row: Mapping[str, Any], name_of: Callable[[Mapping[str, Any]], str
 
 def _band_measures(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     columns = dict.fromkeys(name for row in rows for name in row)
-    return [
-        name
-        for name in columns
-        if f"{name}_low" in columns or name in ("fvu", "cosine", "l0") or name.startswith("lm_loss_")
-    ]
+    return [name for name in columns if f"{name}_low" in columns or name in ("fvu", "cosine", "l0") or name.startswith("lm_loss_")]
 
 
 class DetectableDifference(NamedTuple):

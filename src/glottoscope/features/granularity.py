@@ -71,8 +71,7 @@ def read_labels(path: str | Path) -> pa.Table:
         raise InputError(f"{path}: no labels in it")
     columns = list(zip(*labels, strict=True))
     arrays = [
-        pa.array(column, pa.string() if name in _TEXT_KEYS else pa.int64())
-        for name, column in zip(keys, columns[:-1], strict=True)
+        pa.array(column, pa.string() if name in _TEXT_KEYS else pa.int64()) for name, column in zip(keys, columns[:-1], strict=True)
     ]
     arrays += [pa.array(columns[-1], pa.int64()), pa.array(labels.values(), pa.int8())]
     return pa.table(dict(zip([*keys, "feature", "granularity"], arrays, strict=True)))
@@ -97,9 +96,7 @@ def join_labels(features: pa.Table, labels: pa.Table) -> tuple[pa.Table, int]:
     joined = rows.join(labels, keys=keys, join_type="left outer", use_threads=False).sort_by("_row")
     matched = rows.join(labels, keys=keys, join_type="right anti", use_threads=False)
     if len(labels) and len(matched) == len(labels):
-        raise InputError(
-            f"none of the {len(labels)} labels matches a feature: compare {', '.join(keys)} with the table"
-        )
+        raise InputError(f"none of the {len(labels)} labels matches a feature: compare {', '.join(keys)} with the table")
     column = joined["granularity"].combine_chunks()
     if "granularity" in features.column_names:
         position = features.column_names.index("granularity")

@@ -44,9 +44,7 @@ def exposure_rates(counts: Array, exposure: Array) -> Array:
     return counts * (exposure.max() / np.maximum(exposure, 1))
 
 
-def neutral_tokens(
-    has_letters: Array, counts: Array, exposure: Array, ratio: float = 0.1, min_count: int = 10
-) -> Array:
+def neutral_tokens(has_letters: Array, counts: Array, exposure: Array, ratio: float = 0.1, min_count: int = 10) -> Array:
     """bool [V]: tokens that are evidence for no language.
 
     Without letters, or frequent in two languages: at least `min_count` times in each of the two languages where its
@@ -164,9 +162,7 @@ _NAME_TO_SCRIPT = {
     "CJK": "Han",
     "IDEOGRAPHIC": "Han",
     **{
-        script.upper(): script
-        for script in {s for scripts in _SCRIPTS_OF.values() for s in scripts} | {"Latin"}
-        if script != "Han"
+        script.upper(): script for script in {s for scripts in _SCRIPTS_OF.values() for s in scripts} | {"Latin"} if script != "Han"
     },
 }
 

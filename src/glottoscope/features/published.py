@@ -142,9 +142,7 @@ def measure_file(
     return _table(features, positions, maximum, n_lang, n_neutral, classes, languages)
 
 
-def _v1_rule(
-    features: list[PublishedFeature], positions: _Positions, alive: Array
-) -> tuple[Array, Array, LanguageClasses]:
+def _v1_rule(features: list[PublishedFeature], positions: _Positions, alive: Array) -> tuple[Array, Array, LanguageClasses]:
     """Counts [N, 2] of examples by the language of their argmax token."""
     english, digits = v1.v1_token_tables(positions.tokens)
     lengths = np.bincount(positions.example)
@@ -194,9 +192,7 @@ def _position_rule(
     return n_lang, n_neutral, classify(n_lang, n_neutral, exposure, alive, languages, min_count=min_count)
 
 
-def _positions(
-    features: list[PublishedFeature], languages: Sequence[str], merge: MergeSpans | None
-) -> tuple[_Positions, Array]:
+def _positions(features: list[PublishedFeature], languages: Sequence[str], merge: MergeSpans | None) -> tuple[_Positions, Array]:
     """All positions of all examples, and the maximum [N] of every feature."""
     examples = [example for feature in features for example in feature.examples]
     feature_X = np.repeat(np.arange(len(features)), [len(feature.examples) for feature in features])
@@ -210,9 +206,7 @@ def _positions(
     token_ids: dict[str, int] = {}
     span_ids: dict[str, int] = {}
     token_E = [token_ids.setdefault(token, len(token_ids)) for example in examples for token in example.tokens]
-    span_E = [
-        span_ids.setdefault(text, len(span_ids)) for example in examples for text in _span_texts(example.tokens, merge)
-    ]
+    span_E = [span_ids.setdefault(text, len(span_ids)) for example in examples for text in _span_texts(example.tokens, merge)]
     index = {code: number for number, code in enumerate(languages)}
     document_X = np.array([index.get(example.document_language or "", 0) for example in examples], dtype=np.int64)
     return _Positions(

@@ -61,9 +61,7 @@ def v1_example_language(tokens: list[str], activations: list[float]) -> str:
         InputError: an example without tokens, or with another number of activations.
     """
     if not tokens or len(tokens) != len(activations):
-        raise InputError(
-            f"an example has {len(tokens)} tokens and {len(activations)} activations: one for each is needed"
-        )
+        raise InputError(f"an example has {len(tokens)} tokens and {len(activations)} activations: one for each is needed")
     english, digits = v1_token_tables(tokens)
     language = v1_position_language(np.arange(len(tokens))[None], english, digits)
     return LANGUAGES[language[0, int(np.argmax(activations))]]

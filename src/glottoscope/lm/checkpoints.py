@@ -39,9 +39,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 # Older Llama and GPT-NeoX checkpoints store tables that newer transformers recompute.
-RECOMPUTED = re.compile(
-    r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$|attention\.(masked_bias|bias)$|attn\.(masked_bias|bias)$"
-)
+RECOMPUTED = re.compile(r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$|attention\.(masked_bias|bias)$|attn\.(masked_bias|bias)$")
 SAMPLED_BYTES = 1 << 20
 LOAD_ERRORS = (
     OSError,
@@ -151,9 +149,7 @@ def load_lm(
     return model.to(device).eval()
 
 
-def load_tokenizer(
-    path: str, revision: str | None = None, *, local_files_only: bool | None = None
-) -> PreTrainedTokenizerBase:
+def load_tokenizer(path: str, revision: str | None = None, *, local_files_only: bool | None = None) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a local directory or hub id.
 
     Raises:
@@ -244,9 +240,7 @@ def describe(checkpoint: Checkpoint | PreTrainedModel) -> ModelShape:
                 with torch.device("meta"):
                     model = AutoModelForCausalLM.from_config(config)
         except LOAD_ERRORS as error:
-            raise InputError(
-                f"cannot read the model configuration of {_name(checkpoint)}: {_first_line(error)}"
-            ) from None
+            raise InputError(f"cannot read the model configuration of {_name(checkpoint)}: {_first_line(error)}") from None
     text_config: Any = model.config.get_text_config()
     n_params = sum(parameter.numel() for parameter in model.parameters())
     return ModelShape(n_layers(model), int(text_config.hidden_size), int(text_config.vocab_size), n_params)
@@ -295,9 +289,7 @@ def _check_files(directory: Path) -> None:
                 with safe_open(file, framework="pt"):  # type: ignore[no-untyped-call]
                     pass  # opening compares the header with the size of the file
             except (SafetensorError, OSError) as error:
-                raise InputError(
-                    f"{file} is truncated or corrupt ({_first_line(error)}); copy the checkpoint again"
-                ) from None
+                raise InputError(f"{file} is truncated or corrupt ({_first_line(error)}); copy the checkpoint again") from None
         elif os.path.getsize(file) == 0:
             raise InputError(f"{file} is empty; copy the checkpoint again")
 
@@ -312,9 +304,7 @@ def _check_loading(info: dict[str, Any], checkpoint: Checkpoint) -> None:
     for kind, keys in (("lacks", missing), ("has unexpected", unexpected)):
         if keys:
             others = f" and {len(keys) - 1} others" if len(keys) > 1 else ""
-            raise InputError(
-                f"{where} {kind} the weight {keys[0]}{others}: the weights do not belong to this config.json"
-            )
+            raise InputError(f"{where} {kind} the weight {keys[0]}{others}: the weights do not belong to this config.json")
     if info.get("error_msgs"):
         raise InputError(f"{where}: {str(info['error_msgs'][0]).strip().splitlines()[0]}")
 

@@ -47,9 +47,7 @@ class LlamaShape:
 
     def __post_init__(self) -> None:
         if self.d_model % self.heads or self.d_model // self.heads % 2:
-            raise InputError(
-                f"d_model {self.d_model} with n_heads {self.heads}: choose an even multiple of the number of heads"
-            )
+            raise InputError(f"d_model {self.d_model} with n_heads {self.heads}: choose an even multiple of the number of heads")
 
     @property
     def heads(self) -> int:
@@ -238,9 +236,7 @@ def _checked_batch(batch: np.ndarray, shape: LlamaShape, step: int) -> torch.Ten
         raise InputError(f"batch {step} has {batch.shape[1]} positions, the context_length is {shape.context_length}")
     largest = int(batch.max())
     if largest >= shape.vocab_size:
-        raise InputError(
-            f"batch {step} holds token id {largest}, the vocab_size is {shape.vocab_size}: wrong tokenizer?"
-        )
+        raise InputError(f"batch {step} holds token id {largest}, the vocab_size is {shape.vocab_size}: wrong tokenizer?")
     return torch.from_numpy(batch.astype(np.int64))
 
 

@@ -56,8 +56,7 @@ def train_tokenizer(texts: Iterable[str], out_dir: Path, *, vocab_size: int = 80
     """
     if vocab_size < MIN_VOCAB_SIZE:
         raise InputError(
-            f"tokenizer vocab_size {vocab_size} is too small: at least {MIN_VOCAB_SIZE} "
-            "(256 bytes and the special tokens)"
+            f"tokenizer vocab_size {vocab_size} is too small: at least {MIN_VOCAB_SIZE} (256 bytes and the special tokens)"
         )
     tokenizer = Tokenizer(BPE())
     tokenizer.pre_tokenizer = Sequence(

@@ -37,9 +37,7 @@ class Rotary(NamedTuple):
 def rotary_tables(model: LlamaForCausalLM, length: int, dtype: torch.dtype) -> Rotary:
     """Tables for sequences of `length` tokens, computed by the model's own rotary embedding (any `rope` setting)."""
     device = model.lm_head.weight.device
-    cos_1TE, sin_1TE = model.model.rotary_emb(
-        torch.zeros(1, dtype=dtype, device=device), torch.arange(length, device=device)[None]
-    )
+    cos_1TE, sin_1TE = model.model.rotary_emb(torch.zeros(1, dtype=dtype, device=device), torch.arange(length, device=device)[None])
     mask_TT = torch.full((length, length), float("-inf"), dtype=dtype, device=device).triu(1)
     return Rotary(cos_1TE[0].to(dtype), sin_1TE[0].to(dtype), mask_TT)
 
@@ -122,9 +120,7 @@ class _CausalAttention(Function):
         torch.bmm(grad_scores_STT, k_STE, out=grad_qk_2STE[0])
         torch.bmm(grad_scores_STT.transpose(1, 2), q_STE, out=grad_qk_2STE[1])
         # The inverse of a rotation is the rotation by the opposite angle.
-        grad_qkv_3BHTE[:2] = _rotate(grad_qk_2STE, tables.cos_TE, -tables.sin_TE).view(
-            2, n_blocks, n_heads, length, width
-        )
+        grad_qkv_3BHTE[:2] = _rotate(grad_qk_2STE, tables.cos_TE, -tables.sin_TE).view(2, n_blocks, n_heads, length, width)
         grad_qkv_3BHTE[2] = torch.bmm(weights_STT.transpose(1, 2), grad_STE).view(n_blocks, n_heads, length, width)
         return grad_qkv.view(n_blocks * length, -1), None, None
 

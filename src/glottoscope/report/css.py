@@ -69,9 +69,8 @@ def stylesheet(text: str) -> str:
     """CSS of a page that shows `text`, with the figures' colours and the Japanese glyphs it needs."""
     levels = "\n".join(f".a{i} {{ background: rgba(var(--shade), {0.08 + 0.062 * i:.3f}); }}" for i in range(1, 10))
     return (
-        _CSS.replace("FAMILY", FAMILY)
-        .replace("LIGHT", colour_variables(dark=False))
-        .replace("DARK", colour_variables(dark=True))
+        font_face(text)
+        + _CSS.replace("FAMILY", FAMILY).replace("LIGHT", colour_variables(dark=False)).replace("DARK", colour_variables(dark=True))
         + levels
         + "\n"
     )

@@ -114,9 +114,7 @@ class ReportData:
     def control_of(self, model: str) -> str:
         """The `control` value of a model's own rows: `none` if it has such rows, else a whole-model control's."""
         values = distinct(where(self.evolution, model=model), "control")
-        return next(
-            (value for value in ("none", *NO_SIGNAL_CONTROLS) if value in values), values[0] if values else "none"
-        )
+        return next((value for value in ("none", *NO_SIGNAL_CONTROLS) if value in values), values[0] if values else "none")
 
     def rows(
         self,

@@ -116,9 +116,7 @@ def figure_5(data: ReportData, model: str) -> ReportFigure:
                 band=False,
             )
     axes[0].set_title("Share of alive features")
-    axes[0].xaxis.set_major_locator(
-        FixedLocator(layers.tolist()) if len(layers) <= 16 else MaxNLocator(12, integer=True)
-    )
+    axes[0].xaxis.set_major_locator(FixedLocator(layers.tolist()) if len(layers) <= 16 else MaxNLocator(12, integer=True))
     axes[0].set_xlim(layers.min() - 0.4, layers.max() + 0.4)
     share_axis(axes[0])
     label_ends(axes[0], labels)
@@ -238,9 +236,7 @@ def _heat(figure: Figure, ax: Axes, grid_LS: np.ndarray, title: str) -> None:
     top = float(np.nanmax(grid_LS)) if np.isfinite(grid_LS).any() else 1.0
     top = max(top, 0.05)
     colours = matplotlib.colormaps["cividis"].resampled(32)  # few enough for a colour bar of vectors, not of pixels
-    mesh = ax.pcolormesh(
-        np.ma.masked_invalid(grid_LS), cmap=colours, vmin=0, vmax=top, edgecolors="face", linewidth=0.4
-    )
+    mesh = ax.pcolormesh(np.ma.masked_invalid(grid_LS), cmap=colours, vmin=0, vmax=top, edgecolors="face", linewidth=0.4)
     ax.set_xlim(0, grid_LS.shape[1])
     bar = figure.colorbar(mesh, ax=ax, pad=0.015, fraction=0.025, aspect=14)
     bar.outline.set_visible(False)  # type: ignore[operator]
@@ -252,8 +248,6 @@ def _heat(figure: Figure, ax: Axes, grid_LS: np.ndarray, title: str) -> None:
     for (i, j), value in np.ndenumerate(grid_LS):
         if np.isfinite(value):
             colour = ON_LIGHT if value / top > 0.48 else ON_DARK
-            ax.text(
-                j + 0.5, i + 0.5, f"{100 * value:.0f}", ha="center", va="center_baseline", fontsize=6.5, color=colour
-            )
+            ax.text(j + 0.5, i + 0.5, f"{100 * value:.0f}", ha="center", va="center_baseline", fontsize=6.5, color=colour)
         else:
             ax.text(j + 0.5, i + 0.5, "–", ha="center", va="center_baseline", fontsize=6.5, color=MUTED)

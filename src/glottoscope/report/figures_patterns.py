@@ -104,11 +104,7 @@ def _draw(ax: Axes, spans: Spans, x: float, y: float, right: float, threshold: f
             text = text[:keep] + "…"
             width = _width(text)
         if activation >= 0.05:
-            ax.add_patch(
-                Rectangle(
-                    (x, y - 7.4), width, 9.4, facecolor=ORANGE, alpha=0.12 + 0.6 * min(activation, 1), linewidth=0
-                )
-            )
+            ax.add_patch(Rectangle((x, y - 7.4), width, 9.4, facecolor=ORANGE, alpha=0.12 + 0.6 * min(activation, 1), linewidth=0))
         if activation > threshold:
             ax.plot([x + 0.5, x + width - 0.5], [y + 2.2, y + 2.2], color=BLUE, linewidth=1)
         ax.text(x, y, text, fontsize=SIZE)

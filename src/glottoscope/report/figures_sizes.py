@@ -50,10 +50,7 @@ def figure_sizes(data: ReportData) -> ReportFigure | None:
     models = data.models()
     if len(models) < 2:
         return None
-    last = {
-        model: data.rows(model, layer=data.middle_layer(model), step=data.last_step(model), all_seeds=True)
-        for model in models
-    }
+    last = {model: data.rows(model, layer=data.middle_layer(model), step=data.last_step(model), all_seeds=True) for model in models}
     measure = headline_measure(pa.concat_tables(list(last.values()), promote_options="permissive")) or "share_bilingual"
     panels = (
         ("share_mixed", "Mixed", MIXED),
@@ -86,9 +83,7 @@ def figure_sizes(data: ReportData) -> ReportFigure | None:
             say_empty(ax, "not measured")
     figure.text(0.012, 1 - 0.1 / 3.1, "Last step, middle layer", fontsize=10.5, fontweight="bold", va="top")
     if not claim:
-        figure.text(
-            0.985, 1 - 0.1 / 3.1, NO_CLAIM, fontsize=8, color=VERMILLION, va="top", ha="right", fontweight="bold"
-        )
+        figure.text(0.985, 1 - 0.1 / 3.1, NO_CLAIM, fontsize=8, color=VERMILLION, va="top", ha="right", fontweight="bold")
     footer(
         figure,
         data,
@@ -103,8 +98,7 @@ def figure_sizes(data: ReportData) -> ReportFigure | None:
         + (
             ""
             if claim
-            else "Fewer than three LM seeds: no claim about size is made, because seeds move these "
-            "shares as much as sizes do."
+            else "Fewer than three LM seeds: no claim about size is made, because seeds move these shares as much as sizes do."
         )
     )
     return ReportFigure("sizes", "Over model sizes", caption, figure)
@@ -125,9 +119,7 @@ def _control_points(data: ReportData, ax: Axes, measure: str) -> None:
         table = data.rows(model, layer=data.middle_layer(model), step=data.last_step(model))
         size = table["n_params"][0].as_py()
         if size:
-            ax.plot(
-                [size * 1.12], numbers(table, measure)[:1], "D", color=CONTROL, markersize=4, markerfacecolor="none"
-            )
+            ax.plot([size * 1.12], numbers(table, measure)[:1], "D", color=CONTROL, markersize=4, markerfacecolor="none")
 
 
 def figure_sweeps(data: ReportData) -> ReportFigure | None:
@@ -138,9 +130,7 @@ def figure_sweeps(data: ReportData) -> ReportFigure | None:
     kinds = [kind for kind in SWEEP_TITLES if kind in distinct(sweeps, "sweep")]
     main = data.main_model
     arms = [("", _of(data, sweeps, main), "-")]
-    arms += [
-        (f",\n{control_label(c)}", _of(data, sweeps, model), ":") for c, model in data.control_models() if model != main
-    ]
+    arms += [(f",\n{control_label(c)}", _of(data, sweeps, model), ":") for c, model in data.control_models() if model != main]
     used = {
         "phi": data.phi_threshold,
         "monosemanticity": data.monosemanticity_threshold,

@@ -79,11 +79,7 @@ def figure_3(data: ReportData, model: str) -> ReportFigure:
         f"Fig. 3 of the paper, for {model} at layer {layer}. {MIXED_CAPTION} Bands are 95 % "
         f"bootstrap intervals over the "
         "features of one SAE. "
-        + (
-            "Dotted: the same measure in the " + " and the ".join(CONTROL_NAMES[c] for c, _ in controls) + ". "
-            if controls
-            else ""
-        )
+        + ("Dotted: the same measure in the " + " and the ".join(CONTROL_NAMES[c] for c, _ in controls) + ". " if controls else "")
         + "Dashed: floors with shuffled clusters or random token vectors. The lower lanes show what the language model "
         "itself was doing; 0 is the model before training."
     )
@@ -311,9 +307,7 @@ def figure_quality(data: ReportData) -> ReportFigure:
         labels = Labels()
         for i, (model, table) in enumerate(zip(models, tables, strict=True)):
             colour = (INK, *(language_colour(j) for j in range(4)))[(len(models) - 1 - i) % 5]
-            curve(
-                ax, tokens_of(table), table, measure, colour=colour, marker="os^Dv"[i % 5], label=model, labels=labels
-            )
+            curve(ax, tokens_of(table), table, measure, colour=colour, marker="os^Dv"[i % 5], label=model, labels=labels)
         ax.set_title(title, pad=16 if row == 0 else 7)
         if not any(measured(table, measure) for table in tables):
             say_empty(ax, "not measured in this study")

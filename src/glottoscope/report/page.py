@@ -64,9 +64,7 @@ def page(data: ReportData, figures: list[DrawnFigure]) -> str:
         ("sources", "Citation and data licences", _sources(data)),
     ]
     links = "".join(f'<li><a href="#{name}">{esc(title)}</a></li>' for name, title, body in sections if body)
-    body = "".join(
-        f'<section id="{name}"><h2>{esc(title)}</h2>{text}</section>' for name, title, text in sections if text
-    )
+    body = "".join(f'<section id="{name}"><h2>{esc(title)}</h2>{text}</section>' for name, title, text in sections if text)
     first = _first_screen(data, answer(data))
     return f"""<!doctype html>
 <html lang="en">
@@ -119,8 +117,7 @@ def _patterns(data: ReportData, figures: list[DrawnFigure]) -> str:
     caption = next((f.caption for f in figures if f.name == "fig4_patterns"), "")
     links = " · ".join(f'<a href="figures/fig4_patterns.{kind}">{kind.upper()}</a>' for kind in ("svg", "png"))
     out = [
-        f'<p class="caption">{esc(caption)} K = {data.k}, counted above {data.activation_threshold:g} of the maximum. '
-        f"{links}</p>"
+        f'<p class="caption">{esc(caption)} K = {data.k}, counted above {data.activation_threshold:g} of the maximum. {links}</p>'
     ]
     out.append(
         '<p class="scale" aria-hidden="true">activation '
@@ -181,8 +178,7 @@ def _words(data: ReportData) -> str:
         (names, "a feature with more than 90 % of its counted positions (as rates) in documents of that language"),
         (
             "mixed",
-            "any other feature with enough counted positions. Mixed is not bilingual: random tokens "
-            "meet both languages, too",
+            "any other feature with enough counted positions. Mixed is not bilingual: random tokens meet both languages, too",
         ),
         (
             "bilingual",
@@ -196,8 +192,7 @@ def _words(data: ReportData) -> str:
         ),
         (
             "neutral, unclassified, dead",
-            "mostly tokens without letters or shared by the languages; too few counted positions; "
-            "never active on the test text",
+            "mostly tokens without letters or shared by the languages; too few counted positions; never active on the test text",
         ),
         ("monosemanticity R", "1 - entropy of the clusters of a feature's tokens / entropy of the tokens"),
         ("coherence", "1 - expected entropy of 50 of its positions / log 50: less bent by how often a feature fires"),

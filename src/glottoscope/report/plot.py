@@ -60,9 +60,7 @@ def footer(figure: Figure, data: ReportData, *extra: str) -> None:
 def margins(figure: Figure, *, left: float, right: float, top: float, bottom: float, hspace: float = 0.2) -> None:
     """Place the axes by inches from the figure's edges."""
     width, height = figure.get_size_inches()
-    figure.subplots_adjust(
-        left=left / width, right=1 - right / width, top=1 - top / height, bottom=bottom / height, hspace=hspace
-    )
+    figure.subplots_adjust(left=left / width, right=1 - right / width, top=1 - top / height, bottom=bottom / height, hspace=hspace)
 
 
 def curve(
@@ -171,9 +169,7 @@ def steps_on_top(ax: Axes, tokens: np.ndarray, steps: Sequence[int]) -> None:
                 annotation_clip=False,
             )
             reach = x + half
-    ax.annotate(
-        "step", (1.034, 1.025), xycoords="axes fraction", fontsize=6.5, color=MUTED, ha="left", annotation_clip=False
-    )
+    ax.annotate("step", (1.034, 1.025), xycoords="axes fraction", fontsize=6.5, color=MUTED, ha="left", annotation_clip=False)
 
 
 def share_axis(ax: Axes, top: float | None = None) -> None:

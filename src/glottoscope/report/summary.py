@@ -129,17 +129,13 @@ def _mixed(data: ReportData, table: pa.Table) -> tuple[str, str]:
     )
     if lowest == last:
         if fell:
-            sentence = (
-                f"{where} the share of mixed features {fall_words} and had not risen again by the last checkpoint."
-            )
+            sentence = f"{where} the share of mixed features {fall_words} and had not risen again by the last checkpoint."
             return sentence, "Mixed features fell and did not rise again"
         return f"{where} the share of mixed features {fall_words}.", "Mixed features did not clearly change"
     if rose:
         rise_words = f"and rose again to {end} by {last_name}" if fell else f"then rose to {end} by {last_name}"
     else:
-        rise_words = (
-            f"{'and' if fell else 'it'} did not clearly rise {'again' if fell else 'later'} ({end} at {last_name})"
-        )
+        rise_words = f"{'and' if fell else 'it'} did not clearly rise {'again' if fell else 'later'} ({end} at {last_name})"
     head = {
         (True, True): "Mixed features fell and rose again",
         (True, False): "Mixed features fell and did not clearly rise again",
@@ -197,9 +193,7 @@ def _bilingual(data: ReportData, table: pa.Table) -> tuple[str, str, str | None]
         head = "no bilingual features" if by_pairs else "no features bilingual by the paper-style rule"
     elif len(rows) == 1:
         words = f"{lead}{share} was {end} at {step_name(steps[last])}, the only checkpoint measured"
-        head = (
-            f"{percent(end.value)} of the alive features are bilingual{'' if by_pairs else ' by the paper-style rule'}"
-        )
+        head = f"{percent(end.value)} of the alive features are bilingual{'' if by_pairs else ' by the paper-style rule'}"
     else:
         rose, fell = above(end, start), above(start, end)
         suffix = "" if by_pairs else " by the paper-style rule"
@@ -267,9 +261,7 @@ def _stats(data: ReportData, table: pa.Table, measure: str | None) -> list[Stat]
     stats = [Stat(f"{count('n_alive')} of {count('n_features')}", "features alive at the last checkpoint")]
     stats.append(Stat(f"{count('count_mixed')} of {count('n_alive')}", "alive features are mixed (not: bilingual)"))
     if measure == "share_bilingual":
-        stats.append(
-            Stat(f"{count('n_bilingual')} of {count('n_alive')}", "alive features are bilingual by translation pairs")
-        )
+        stats.append(Stat(f"{count('n_bilingual')} of {count('n_alive')}", "alive features are bilingual by translation pairs"))
         if math.isfinite(numbers(table, "n_supportable")[last]):
             stats.append(Stat(count("n_supportable"), "features fire often enough in the pairs to be tested at all"))
         for control, model in data.control_models():
@@ -298,10 +290,7 @@ def _caveats(data: ReportData, table: pa.Table, measure: str | None) -> list[str
     else:
         out.append("Mixed is not bilingual: a feature of random tokens, too, is active in both languages.")
     if 0 in table["step"].to_pylist():
-        out.append(
-            "The mixed share before training is a property of a random model and of the SAE's "
-            "capacity, not of language."
-        )
+        out.append("The mixed share before training is a property of a random model and of the SAE's capacity, not of language.")
     out += _seed_caveat(data, measure)
     out += _alive_caveat(table)
     fvu = numbers(table, "fvu")[last]
@@ -344,6 +333,5 @@ def _alive_caveat(table: pa.Table) -> list[str]:
     worst = int(few[np.argmin(n[few])]) if np.isfinite(n[few]).all() else int(few[0])
     counts = f"{int(n[worst])} features" if math.isfinite(n[worst]) else percent(float(alive[worst]))
     return [
-        f"Few features are alive at step{'s' if len(few) > 1 else ''} {named} (as few as {counts}): "
-        f"shares there are weak evidence."
+        f"Few features are alive at step{'s' if len(few) > 1 else ''} {named} (as few as {counts}): shares there are weak evidence."
     ]

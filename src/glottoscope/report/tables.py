@@ -75,8 +75,7 @@ def evolution_table(data: ReportData, rows: pa.Table, first: str, caption: str) 
             columns.append((name, lambda i, m=measure: number(float(numbers(rows, m)[i]))))
     heads = rows[first].to_pylist()
     body = [
-        [number(head) if isinstance(head, int) else esc(head), *(cell(i) for _, cell in columns)]
-        for i, head in enumerate(heads)
+        [number(head) if isinstance(head, int) else esc(head), *(cell(i) for _, cell in columns)] for i, head in enumerate(heads)
     ]
     return table([first, *(name for name, _ in columns)], body, caption=caption)
 
@@ -137,10 +136,7 @@ def truth_table(data: ReportData) -> str:
     body = [
         [number(step), number(lm), number(sae), *(number(v) for v in values)]
         for step, lm, sae, *values in zip(
-            *(
-                rows[c].to_pylist()
-                for c in ("step", "lm_seed", "sae_seed", "auc_phi", "auc_flag", "n_truth_bilingual", "n_alive")
-            ),
+            *(rows[c].to_pylist() for c in ("step", "lm_seed", "sae_seed", "auc_phi", "auc_flag", "n_truth_bilingual", "n_alive")),
             strict=True,
         )
     ]
@@ -154,9 +150,7 @@ def turning_table(data: ReportData) -> str:
     def span(t: dict[str, Any], name: str) -> str:
         low, high = t.get(f"{name}_low"), t.get(f"{name}_high")
         text = number(None if t.get(name) is None else 100 * float(t[name]), 1)
-        return text + (
-            f" <small>[{100 * low:.1f}, {100 * high:.1f}]</small>" if low is not None and high is not None else ""
-        )
+        return text + (f" <small>[{100 * low:.1f}, {100 * high:.1f}]</small>" if low is not None and high is not None else "")
 
     body = [
         [

@@ -19,10 +19,10 @@ FAMILY = "glottoscope Japanese"
 def font_face(text: str) -> str:
     """A CSS `@font-face` with the glyphs of `text` beyond Latin; empty where there are none. Same text, same bytes."""
     with TTFont(japanese_font(), recalcTimestamp=False) as font:
-        wanted = sorted(code for code in set(map(ord, text)) & font.getBestCmap().keys() if code >= 0x2E80)
+        wanted = sorted(code for code in set(map(ord, text)) & set(font.getBestCmap() or {}) if code >= 0x2E80)
         if not wanted:
             return ""
-        options = subset.Options(layout_features=[], hinting=False, notdef_outline=True, drop_tables=["DSIG", "name"])
+        options = subset.Options(layout_features=[], hinting=False, notdef_outline=True, drop_tables=["DSIG"])
         subsetter = subset.Subsetter(options)
         subsetter.populate(unicodes=wanted)
         subsetter.subset(font)

@@ -218,9 +218,7 @@ def reference_step(sae: TopKSAE, u_BD: Tensor, buffers: StepBuffers) -> StepGrad
     for target, gradient in zip((buffers.W_enc, buffers.b_enc, buffers.W_dec, buffers.b_dec), gradients, strict=True):
         if target is not None:
             target.copy_(gradient)
-    return StepGradients(
-        loss.detach(), buffers.W_enc, buffers.b_enc, buffers.W_dec, buffers.b_dec, values_BK.detach(), indices_BK
-    )
+    return StepGradients(loss.detach(), buffers.W_enc, buffers.b_enc, buffers.W_dec, buffers.b_dec, values_BK.detach(), indices_BK)
 
 
 KERNELS: dict[str, Kernel] = {"chunked": chunked_step, "reference": reference_step}

@@ -73,9 +73,7 @@ class TopKSAE(nn.Module):
         self.b_dec = nn.Parameter(torch.zeros(d, dtype=dtype, device=device), requires_grad=False)
 
     @classmethod
-    def from_tensors(
-        cls, tensors: dict[str, Tensor], k: int, *, seed: int = 0, normalization: Normalization = "unit"
-    ) -> TopKSAE:
+    def from_tensors(cls, tensors: dict[str, Tensor], k: int, *, seed: int = 0, normalization: Normalization = "unit") -> TopKSAE:
         """An SAE around trained tensors W_enc [n, d], b_enc [n], W_dec [n, d], b_dec [d]; b_dec counts as initialised.
 
         Raises:
@@ -129,9 +127,7 @@ class TopKSAE(nn.Module):
     def decode(self, values: Tensor, indices: Tensor) -> Tensor:
         """u_hat [..., d] in normalised space, from values [..., k'] and feature ids [..., k']."""
         width = values.shape[-1]
-        decoded = F.embedding_bag(
-            indices.reshape(-1, width), self.W_dec, per_sample_weights=values.reshape(-1, width), mode="sum"
-        )
+        decoded = F.embedding_bag(indices.reshape(-1, width), self.W_dec, per_sample_weights=values.reshape(-1, width), mode="sum")
         return decoded.add_(self.b_dec).view(*values.shape[:-1], self.d)
 
     @torch.no_grad()
@@ -195,8 +191,7 @@ class TopKSAE(nn.Module):
             raise InputError(f"{weights}: {error}") from None
         if (sae.n, sae.d) != (config["n"], config["d"]):
             raise InputError(
-                f"{weights}: tensor W_enc has shape {(sae.n, sae.d)}, "
-                f"but {CONFIG_FILE} says n = {config['n']}, d = {config['d']}"
+                f"{weights}: tensor W_enc has shape {(sae.n, sae.d)}, but {CONFIG_FILE} says n = {config['n']}, d = {config['d']}"
             )
         sae.b_dec_initialised = config["b_dec_initialised"]
         sae.extra = {key: value for key, value in config.items() if key not in _OWN_KEYS}
@@ -225,9 +220,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise InputError(f"{path}: not a {FORMAT} SAE (its format is not {FORMAT!r}); import other formats first")
     if isinstance(config.get("schema"), int) and config["schema"] > SCHEMA:
-        raise InputError(
-            f"{path}: schema {config['schema']} is newer than this version reads ({SCHEMA}); upgrade glottoscope"
-        )
+        raise InputError(f"{path}: schema {config['schema']} is newer than this version reads ({SCHEMA}); upgrade glottoscope")
     for key, kind in _OWN_KEYS.items():
         if not isinstance(config.get(key), kind):
             raise InputError(f"{path}: field {key} is missing or not of type {kind.__name__}")

@@ -74,9 +74,7 @@ class QualityAccumulator:
         error = self._error_G.sum().item()
         return Quality(
             fvu=_ratio(error, self._deviation_G.sum().item() + between),
-            fvu_language=tuple(
-                _ratio(e, v) for e, v in zip(self._error_G.tolist(), self._deviation_G.tolist(), strict=True)
-            ),
+            fvu_language=tuple(_ratio(e, v) for e, v in zip(self._error_G.tolist(), self._deviation_G.tolist(), strict=True)),
             cosine=_ratio(self._cosine, n),
             l0=_ratio(self._active, n),
             loss=_ratio(error, n),

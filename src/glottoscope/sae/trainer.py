@@ -42,9 +42,7 @@ class SAETrainer:
         kernel: str | Kernel = "chunked",
     ) -> None:
         if not lr > 0 or warmup_steps < 0:
-            raise InputError(
-                f"SAE training needs lr > 0 and warmup_steps >= 0; got lr = {lr}, warmup_steps = {warmup_steps}"
-            )
+            raise InputError(f"SAE training needs lr > 0 and warmup_steps >= 0; got lr = {lr}, warmup_steps = {warmup_steps}")
         self.sae = sae
         self.lr, self.warmup_steps, self.frozen_decoder = lr, warmup_steps, frozen_decoder
         self.steps = 0
@@ -81,9 +79,7 @@ class SAETrainer:
         """
         sae = self.sae
         if x_BD.ndim != 2 or x_BD.shape[1] != sae.d or len(x_BD) == 0:
-            raise InputError(
-                f"hidden states of shape {tuple(x_BD.shape)} given to an SAE that needs [B, {sae.d}], B >= 1"
-            )
+            raise InputError(f"hidden states of shape {tuple(x_BD.shape)} given to an SAE that needs [B, {sae.d}], B >= 1")
         x_BD = x_BD.to(device=sae.W_enc.device, dtype=sae.W_enc.dtype)
         # One pass without a mask in memory; the slow exact test runs only where the sum is suspicious.
         if not math.isfinite(x_BD.sum().item()) and not bool(x_BD.isfinite().all()):
@@ -100,9 +96,7 @@ class SAETrainer:
         loss = float(gradients.loss)
         if not math.isfinite(loss):
             sae.b_dec.copy_(before_D)
-            raise NonFiniteError(
-                f"the SAE's loss is {loss} at step {self.steps}: its weights or the hidden states overflow"
-            )
+            raise NonFiniteError(f"the SAE's loss is {loss} at step {self.steps}: its weights or the hidden states overflow")
         sae.b_dec_initialised = True
         lr = self.learning_rate(self.steps)
         for group in self._optimizer.param_groups:

@@ -38,19 +38,19 @@ class StudyInfo(Part):
     """What the study is called, and the seed from which every other seed is drawn."""
 
     name: Name = Field(description="Identity of the run directory: a run directory belongs to one study name.")
-    seed: NonNegativeInt = Field(0, description="Seed of everything random; each purpose draws its own generator.")
-    notes: str = Field("", description="Free text, shown in the report.")
+    seed: NonNegativeInt = Field(default=0, description="Seed of everything random; each purpose draws its own generator.")
+    notes: str = Field(default="", description="Free text, shown in the report.")
 
 
 class Compute(Part):
     """Settings of the machine that can change the last bits of a number, so they belong to the study."""
 
-    threads: PositiveInt = Field(1, description="Torch threads of one process, whatever the number of workers.")
-    device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="auto: cuda, then mps, then cpu.")
-    dtype: Literal["float32", "bfloat16"] = Field("float32", description="Precision of the language model's pass.")
-    lm_batch: PositiveInt = Field(16, description="Sequences per language model forward pass.")
+    threads: PositiveInt = Field(default=1, description="Torch threads of one process, whatever the number of workers.")
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field(default="auto", description="auto: cuda, then mps, then cpu.")
+    dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="Precision of the language model's pass.")
+    lm_batch: PositiveInt = Field(default=16, description="Sequences per language model forward pass.")
     memory_gb: PositiveFloat | None = Field(
-        None, description="Memory for one process; layers are trained in groups that fit. Default: what is free."
+        default=None, description="Memory for one process; layers are trained in groups that fit. Default: what is free."
     )
 
 
@@ -60,43 +60,43 @@ class Source(Part):
     language: str = Field(description="Language code of these documents.")
     path: str = Field(description="File, folder or glob; relative to corpus.root, else to the study file.")
     format: Literal["auto", "jsonl", "text", "parquet", "datasets", "kyoto-xml"] = Field(
-        "auto", description="auto decides by suffix and folder content."
+        default="auto", description="auto decides by suffix and folder content."
     )
-    text_field: str = Field("text", description="Field or column that holds the text.")
-    id_field: str = Field("id", description="Field with the document id; translations that share it share a split.")
-    limit: PositiveInt | None = Field(None, description="Read at most this many documents.")
+    text_field: str = Field(default="text", description="Field or column that holds the text.")
+    id_field: str = Field(default="id", description="Field with the document id; translations that share it share a split.")
+    limit: PositiveInt | None = Field(default=None, description="Read at most this many documents.")
 
 
 class Aligned(Part):
     """Aligned sentences: their own input, never part of the SAE's stream."""
 
-    train: str | None = Field(None, description="Pairs for pre-training and the mined dictionary.")
-    dev: str | None = Field(None, description="Pairs for thresholds and alpha.")
-    test: str | None = Field(None, description="Pairs for phi, alignment and translation (>= 1,000 advised).")
-    format: Literal["auto", "jsonl", "parquet", "datasets", "kyoto-xml", "tsv"] = Field("auto", description="As above.")
+    train: str | None = Field(default=None, description="Pairs for pre-training and the mined dictionary.")
+    dev: str | None = Field(default=None, description="Pairs for thresholds and alpha.")
+    test: str | None = Field(default=None, description="Pairs for phi, alignment and translation (>= 1,000 advised).")
+    format: Literal["auto", "jsonl", "parquet", "datasets", "kyoto-xml", "tsv"] = Field(default="auto", description="As above.")
     fields: dict[str, str] = Field(default_factory=dict, description="Language -> field; default: the code itself.")
-    id_field: str = Field("id", description="ARTICLE.SENTENCE: articles are resampled, not sentences.")
-    max_length: PositiveInt = Field(128, description="Longer sentences are cut at this many tokens, and counted.")
-    limit: PositiveInt | None = Field(None, description="Read at most this many pairs of each file.")
+    id_field: str = Field(default="id", description="ARTICLE.SENTENCE: articles are resampled, not sentences.")
+    max_length: PositiveInt = Field(default=128, description="Longer sentences are cut at this many tokens, and counted.")
+    limit: PositiveInt | None = Field(default=None, description="Read at most this many pairs of each file.")
 
 
 class TokenizerTraining(Part):
     """A BPE tokenizer trained on the train split, for models pre-trained here."""
 
-    vocab_size: Annotated[int, Field(ge=300)] = Field(8000, description="Entries, special tokens and bytes included.")
+    vocab_size: Annotated[int, Field(ge=300)] = Field(default=8000, description="Entries, special tokens and bytes included.")
 
 
 class PlantedCorpus(Part):
     """The planted bilingual world: a corpus whose truth is known token by token."""
 
     kind: Literal["planted"]
-    seed: NonNegativeInt = Field(0, description="Seed of the world's documents (fresh text, same grammar).")
-    context_length: PositiveInt = Field(64, description="Tokens of a document, BOS included.")
-    train_documents: PositiveInt = Field(800, description="Documents per language for the SAEs.")
-    validation_documents: PositiveInt = Field(100, description="Documents per language for the learning rate.")
-    test_documents: PositiveInt = Field(400, description="Documents per language for statistics.")
-    aligned_pairs: PositiveInt = Field(1000, description="Aligned sentence pairs for dev and for test, each.")
-    shared_tokens: bool = Field(False, description="Plant digits, names and punctuation that both languages share.")
+    seed: NonNegativeInt = Field(default=0, description="Seed of the world's documents (fresh text, same grammar).")
+    context_length: PositiveInt = Field(default=64, description="Tokens of a document, BOS included.")
+    train_documents: PositiveInt = Field(default=800, description="Documents per language for the SAEs.")
+    validation_documents: PositiveInt = Field(default=100, description="Documents per language for the learning rate.")
+    test_documents: PositiveInt = Field(default=400, description="Documents per language for statistics.")
+    aligned_pairs: PositiveInt = Field(default=1000, description="Aligned sentence pairs for dev and for test, each.")
+    shared_tokens: bool = Field(default=False, description="Plant digits, names and punctuation that both languages share.")
 
     @property
     def languages(self) -> tuple[str, ...]:
@@ -108,24 +108,24 @@ class TextCorpus(Part):
 
     kind: Literal["text"]
     languages: tuple[Annotated[str, Field(pattern=LANGUAGE_PATTERN)], ...] = Field(description="Two or more codes.")
-    root: str | None = Field(None, description="Folder that relative paths of sources and aligned files start from.")
+    root: str | None = Field(default=None, description="Folder that relative paths of sources and aligned files start from.")
     sources: tuple[Source, ...] = Field(description="At least one source for each language.")
-    aligned: Aligned | None = Field(None, description="Aligned sentences, if there are any.")
+    aligned: Aligned | None = Field(default=None, description="Aligned sentences, if there are any.")
     tokenizer: str | None = Field(
-        None, description="Folder, SentencePiece file or hub id; default: the first model's, or a trained one."
+        default=None, description="Folder, SentencePiece file or hub id; default: the first model's, or a trained one."
     )
-    tokenizer_training: TokenizerTraining | None = Field(None, description="Train a tokenizer on the train split.")
-    context_length: PositiveInt = Field(64, description="Tokens per sequence (document_start: after BOS).")
+    tokenizer_training: TokenizerTraining | None = Field(default=None, description="Train a tokenizer on the train split.")
+    context_length: PositiveInt = Field(default=64, description="Tokens per sequence (document_start: after BOS).")
     mode: Literal["blocks", "document_start"] = Field(
-        "document_start", description="v1: the first tokens of each document; v2: fixed-length blocks."
+        default="document_start", description="v1: the first tokens of each document; v2: fixed-length blocks."
     )
-    drop_short: bool = Field(True, description="document_start: drop documents shorter than the context, as v1 does.")
-    bos: Literal["document", "block", "none"] = Field("document", description="Where a BOS token is put.")
-    split: tuple[float, float, float] = Field((0.8, 0.1, 0.1), description="Train, validation, test, by document id.")
-    train_tokens: PositiveInt | None = Field(None, description="At most this many train tokens over all languages.")
-    validation_tokens: PositiveInt | None = Field(None, description="The same for validation.")
-    test_tokens: PositiveInt | None = Field(None, description="The same for test.")
-    split_seed: NonNegativeInt = Field(0, description="Seed of the split; kept apart so that new seeds keep the test.")
+    drop_short: bool = Field(default=True, description="document_start: drop documents shorter than the context, as v1 does.")
+    bos: Literal["document", "block", "none"] = Field(default="document", description="Where a BOS token is put.")
+    split: tuple[float, float, float] = Field(default=(0.8, 0.1, 0.1), description="Train, validation, test, by document id.")
+    train_tokens: PositiveInt | None = Field(default=None, description="At most this many train tokens over all languages.")
+    validation_tokens: PositiveInt | None = Field(default=None, description="The same for validation.")
+    test_tokens: PositiveInt | None = Field(default=None, description="The same for test.")
+    split_seed: NonNegativeInt = Field(default=0, description="Seed of the split; kept apart so that new seeds keep the test.")
 
     @model_validator(mode="after")
     def _languages_and_sources(self) -> TextCorpus:
@@ -147,13 +147,13 @@ class TextCorpus(Part):
 class Mixture(Part):
     """What a language model pre-trained here reads."""
 
-    parallel_share: Share = Field(0.4, description="Share of documents that hold sentences with their translations.")
+    parallel_share: Share = Field(default=0.4, description="Share of documents that hold sentences with their translations.")
     switched_share: Share = Field(
-        0.3,
+        default=0.3,
         description="Share of documents with code switching (planted world: of the monolingual ones; text: of all).",
     )
-    switch_probability: Share = Field(0.3, description="Probability that a word of such a document is swapped.")
-    dictionary_phi: Share = Field(0.25, description="Text: least sentence co-occurrence phi of a mined pair.")
+    switch_probability: Share = Field(default=0.3, description="Probability that a word of such a document is swapped.")
+    dictionary_phi: Share = Field(default=0.25, description="Text: least sentence co-occurrence phi of a mined pair.")
 
 
 class PretrainModel(Part):
@@ -161,31 +161,31 @@ class PretrainModel(Part):
 
     source: Literal["pretrain"]
     name: Name = Field(description="Name of the model in every table and path.")
-    family: str | None = Field(None, description="Models of one family are compared over sizes. Default: study name.")
+    family: str | None = Field(default=None, description="Models of one family are compared over sizes. Default: study name.")
     control: Literal["none", "negative", "no_switching"] = Field(
-        "none",
+        default="none",
         description="negative: no cross-lingual signal at all; no_switching: parallel documents, no code switching.",
     )
     d_model: PositiveInt = Field(description="Width of the residual stream.")
-    n_layers: PositiveInt = Field(4, description="Decoder blocks.")
-    n_heads: PositiveInt | None = Field(None, description="Default: max(2, d_model / 32).")
-    steps: PositiveInt = Field(1500, description="Optimiser steps.")
-    batch_size: PositiveInt = Field(16, description="Sequences per step.")
-    lr: PositiveFloat = Field(3e-3, description="Peak learning rate (AdamW, cosine to min_lr_ratio of it).")
-    warmup_steps: NonNegativeInt = Field(30, description="Linear warm-up.")
-    min_lr_ratio: Share = Field(0.1, description="Last learning rate over peak.")
-    weight_decay: Annotated[float, Field(ge=0)] = Field(0.1, description="None on embeddings and norms.")
-    clip: PositiveFloat = Field(1.0, description="Gradient norm.")
+    n_layers: PositiveInt = Field(default=4, description="Decoder blocks.")
+    n_heads: PositiveInt | None = Field(default=None, description="Default: max(2, d_model / 32).")
+    steps: PositiveInt = Field(default=1500, description="Optimiser steps.")
+    batch_size: PositiveInt = Field(default=16, description="Sequences per step.")
+    lr: PositiveFloat = Field(default=3e-3, description="Peak learning rate (AdamW, cosine to min_lr_ratio of it).")
+    warmup_steps: NonNegativeInt = Field(default=30, description="Linear warm-up.")
+    min_lr_ratio: Share = Field(default=0.1, description="Last learning rate over peak.")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(default=0.1, description="None on embeddings and norms.")
+    clip: PositiveFloat = Field(default=1.0, description="Gradient norm.")
     embedding_init_std: PositiveFloat = Field(
-        0.1, description="With the usual 0.02 the residual stream overwrites the embedding and nothing aligns."
+        default=0.1, description="With the usual 0.02 the residual stream overwrites the embedding and nothing aligns."
     )
-    embedding_lr_scale: PositiveFloat = Field(2.0, description="Learning rate of the embeddings over lr.")
-    dtype: Literal["float32", "bfloat16"] = Field("float32", description="Autocast of the training pass.")
+    embedding_lr_scale: PositiveFloat = Field(default=2.0, description="Learning rate of the embeddings over lr.")
+    dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="Autocast of the training pass.")
     checkpoints: tuple[NonNegativeInt, ...] = Field(
-        (0, 10, 30, 100, 200, 300, 600, 1000, 1500), description="Steps saved and studied; 0 is the random model."
+        default=(0, 10, 30, 100, 200, 300, 600, 1000, 1500), description="Steps saved and studied; 0 is the random model."
     )
-    seeds: tuple[NonNegativeInt, ...] = Field((0,), description="One model per seed (name, then name-s1 for seed 1).")
-    layers: tuple[NonNegativeInt, ...] | Literal["all"] | None = Field(None, description="Overrides study layers.")
+    seeds: tuple[NonNegativeInt, ...] = Field(default=(0,), description="One model per seed (name, then name-s1 for seed 1).")
+    layers: tuple[NonNegativeInt, ...] | Literal["all"] | None = Field(default=None, description="Overrides study layers.")
     mixture: Mixture = Field(default_factory=Mixture, description="What it reads.")
 
     @field_validator("checkpoints", "seeds")
@@ -206,10 +206,10 @@ class CheckpointEntry(Part):
     """One checkpoint of a model trained elsewhere."""
 
     step: NonNegativeInt = Field(description="Optimiser step.")
-    tokens_seen: NonNegativeInt | None = Field(None, description="Default: step * tokens_per_step.")
-    path: str | None = Field(None, description="Folder, relative to root; default: from pattern.")
-    revision: str | None = Field(None, description="Hub revision.")
-    learning_rate: float | None = Field(None, description="The model's learning rate there, for the lane of the plots.")
+    tokens_seen: NonNegativeInt | None = Field(default=None, description="Default: step * tokens_per_step.")
+    path: str | None = Field(default=None, description="Folder, relative to root; default: from pattern.")
+    revision: str | None = Field(default=None, description="Hub revision.")
+    learning_rate: float | None = Field(default=None, description="The model's learning rate there, for the lane of the plots.")
 
 
 class Shape(Part):
@@ -226,19 +226,19 @@ class CheckpointModel(Part):
 
     source: Literal["checkpoints"]
     name: Name = Field(description="Name of the model in every table and path.")
-    family: str | None = Field(None, description="Models of one family are compared over sizes. Default: study name.")
-    control: Literal["none", "negative", "no_switching"] = Field("none", description="What this model controls for.")
-    root: str | None = Field(None, description="Folder that holds the checkpoints, relative to the study file.")
-    hub_id: str | None = Field(None, description="Hub id, when the checkpoints are revisions of one repository.")
-    glob: str | None = Field(None, description="Glob below root; the step is the number in the folder's name.")
-    pattern: str | None = Field(None, description="Folder (or revision) of a step, such as iter_{step:07d}.")
-    steps: tuple[NonNegativeInt, ...] = Field((), description="Steps, with pattern; or which of the glob's to take.")
-    checkpoints: tuple[CheckpointEntry, ...] = Field((), description="Checkpoints one by one.")
-    tokens_per_step: PositiveInt | None = Field(None, description="Tokens of one optimiser step.")
-    tokenizer: str | None = Field(None, description="Default: beside the weights.")
-    shape: Shape | None = Field(None, description="Stated size; read from config.json when absent.")
-    seed: NonNegativeInt = Field(0, description="The LM's own seed, where several are studied.")
-    layers: tuple[NonNegativeInt, ...] | Literal["all"] | None = Field(None, description="Overrides study layers.")
+    family: str | None = Field(default=None, description="Models of one family are compared over sizes. Default: study name.")
+    control: Literal["none", "negative", "no_switching"] = Field(default="none", description="What this model controls for.")
+    root: str | None = Field(default=None, description="Folder that holds the checkpoints, relative to the study file.")
+    hub_id: str | None = Field(default=None, description="Hub id, when the checkpoints are revisions of one repository.")
+    glob: str | None = Field(default=None, description="Glob below root; the step is the number in the folder's name.")
+    pattern: str | None = Field(default=None, description="Folder (or revision) of a step, such as iter_{step:07d}.")
+    steps: tuple[NonNegativeInt, ...] = Field(default=(), description="Steps, with pattern; or which of the glob's to take.")
+    checkpoints: tuple[CheckpointEntry, ...] = Field(default=(), description="Checkpoints one by one.")
+    tokens_per_step: PositiveInt | None = Field(default=None, description="Tokens of one optimiser step.")
+    tokenizer: str | None = Field(default=None, description="Default: beside the weights.")
+    shape: Shape | None = Field(default=None, description="Stated size; read from config.json when absent.")
+    seed: NonNegativeInt = Field(default=0, description="The LM's own seed, where several are studied.")
+    layers: tuple[NonNegativeInt, ...] | Literal["all"] | None = Field(default=None, description="Overrides study layers.")
 
     @model_validator(mode="after")
     def _where(self) -> CheckpointModel:
@@ -264,25 +264,25 @@ Model = Annotated[PretrainModel | CheckpointModel, Field(discriminator="source")
 class SAEConfig(Part):
     """The paper's TopK-SAE and recipe (METHOD 4), every choice a field."""
 
-    n: PositiveInt | None = Field(None, description="Features. The paper: 32,768 at every width.")
-    expansion: PositiveFloat | None = Field(None, description="Instead of n: features per dimension.")
-    k: PositiveInt = Field(32, description="Active features per token.")
-    normalization: Literal["unit", "none"] = Field("unit", description="unit: x / ||x||, as the paper does.")
-    lr: tuple[PositiveFloat, ...] = Field((1e-4, 3e-4, 1e-3, 3e-3), description="Grid; the paper's is not known.")
+    n: PositiveInt | None = Field(default=None, description="Features. The paper: 32,768 at every width.")
+    expansion: PositiveFloat | None = Field(default=None, description="Instead of n: features per dimension.")
+    k: PositiveInt = Field(default=32, description="Active features per token.")
+    normalization: Literal["unit", "none"] = Field(default="unit", description="unit: x / ||x||, as the paper does.")
+    lr: tuple[PositiveFloat, ...] = Field(default=(1e-4, 3e-4, 1e-3, 3e-3), description="Grid; the paper's is not known.")
     lr_choice: Literal["final", "setup"] = Field(
-        "final", description="final: once per model and layer at the last checkpoint, so that it cannot bend a curve."
+        default="final", description="final: once per model and layer at the last checkpoint, so that it cannot bend a curve."
     )
-    warmup_steps: NonNegativeInt = Field(1000, description="Linear warm-up, then constant.")
-    batch_tokens: PositiveInt = Field(32768, description="Tokens per step.")
-    steps: PositiveInt | None = Field(None, description="Optimiser steps.")
-    train_tokens: PositiveInt | None = Field(None, description="Instead of steps: tokens seen by the SAE.")
-    eps: PositiveFloat = Field(6.25e-10, description="Adam's epsilon.")
-    betas: tuple[float, float] = Field((0.9, 0.999), description="Adam's betas.")
-    seeds: tuple[NonNegativeInt, ...] = Field((0,), description="SAE seeds; two or more give a band.")
+    warmup_steps: NonNegativeInt = Field(default=1000, description="Linear warm-up, then constant.")
+    batch_tokens: PositiveInt = Field(default=32768, description="Tokens per step.")
+    steps: PositiveInt | None = Field(default=None, description="Optimiser steps.")
+    train_tokens: PositiveInt | None = Field(default=None, description="Instead of steps: tokens seen by the SAE.")
+    eps: PositiveFloat = Field(default=6.25e-10, description="Adam's epsilon.")
+    betas: tuple[float, float] = Field(default=(0.9, 0.999), description="Adam's betas.")
+    seeds: tuple[NonNegativeInt, ...] = Field(default=(0,), description="SAE seeds; two or more give a band.")
     buffer_tokens: PositiveInt = Field(
-        131_072, description="Positions shuffled together. An epoch that fits is kept in memory and not recomputed."
+        default=131_072, description="Positions shuffled together. An epoch that fits is kept in memory and not recomputed."
     )
-    kernel: Literal["chunked", "reference"] = Field("chunked", description="reference: plain autograd, slow.")
+    kernel: Literal["chunked", "reference"] = Field(default="chunked", description="reference: plain autograd, slow.")
 
     @model_validator(mode="after")
     def _size_and_length(self) -> SAEConfig:
@@ -309,57 +309,60 @@ class SAEConfig(Part):
 class FeaturesConfig(Part):
     """How features are collected, classed and scored (METHOD 5)."""
 
-    rule: Literal["document", "script", "v1"] = Field("document", description="Which language a position counts for.")
+    rule: Literal["document", "script", "v1"] = Field(default="document", description="Which language a position counts for.")
     threshold: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.7, description="A position counts above this share of the feature's maximum; it moves levels, so it is printed."
+        default=0.7,
+        description="A position counts above this share of the feature's maximum; it moves levels, so it is printed.",
     )
-    language_share: Annotated[float, Field(gt=0.5, lt=1)] = Field(0.9, description="Above it a feature is one language's.")
-    min_count: PositiveInt = Field(20, description="Fewer counted positions: unclassified.")
-    neutral_ratio: Share = Field(0.1, description="Tokens whose rarer rate reaches this share of the other are neutral.")
-    neutral_min_count: PositiveInt = Field(10, description="... with this many occurrences in each of two languages.")
-    top_examples: PositiveInt = Field(20, description="Examples kept per feature, at most one per sequence.")
-    example_window: PositiveInt = Field(64, description="Tokens shown of an example, around its strongest position.")
-    example_features: PositiveInt | None = Field(None, description="Keep examples of this many features per setup.")
+    language_share: Annotated[float, Field(gt=0.5, lt=1)] = Field(default=0.9, description="Above it a feature is one language's.")
+    min_count: PositiveInt = Field(default=20, description="Fewer counted positions: unclassified.")
+    neutral_ratio: Share = Field(default=0.1, description="Tokens whose rarer rate reaches this share of the other are neutral.")
+    neutral_min_count: PositiveInt = Field(default=10, description="... with this many occurrences in each of two languages.")
+    top_examples: PositiveInt = Field(default=20, description="Examples kept per feature, at most one per sequence.")
+    example_window: PositiveInt = Field(default=64, description="Tokens shown of an example, around its strongest position.")
+    example_features: PositiveInt | None = Field(default=None, description="Keep examples of this many features per setup.")
     theta: Annotated[float, Field(gt=-1, lt=1)] | None = Field(
-        None, description="Clusters merge while their mean cosine is at least theta; default: 99th percentile."
+        default=None, description="Clusters merge while their mean cosine is at least theta; default: 99th percentile."
     )
-    theta_percentile: Annotated[float, Field(gt=50, lt=100)] = Field(99.0, description="Of pairs of distinct tokens.")
-    cluster_tokens: PositiveInt = Field(20_000, description="One global clustering up to this many tokens.")
-    coherence_draws: PositiveInt = Field(50, description="Positions drawn without replacement for coherence.")
-    phi_threshold: Share = Field(0.4, description="bilingual: phi - phi_null at least this.")
-    phi_firing: Annotated[float, Field(gt=0, lt=1)] = Field(0.5, description="A sentence fires above this share of the maximum.")
-    min_firings: PositiveInt = Field(10, description="Firing sentences needed on each side.")
-    paper_threshold: Share = Field(0.5, description="bilingual_paper: mixed, not single_token and R_mono at least this.")
-    bootstrap: PositiveInt = Field(1000, description="Resamples of a 95 % interval.")
-    lm_loss_tokens: PositiveInt = Field(200_000, description="Test tokens for the LM's loss per language.")
-    labels: tuple[str, ...] = Field((), description="CSV or JSONL files with granularity labels 1-4, where there are any.")
+    theta_percentile: Annotated[float, Field(gt=50, lt=100)] = Field(default=99.0, description="Of pairs of distinct tokens.")
+    cluster_tokens: PositiveInt = Field(default=20_000, description="One global clustering up to this many tokens.")
+    coherence_draws: PositiveInt = Field(default=50, description="Positions drawn without replacement for coherence.")
+    phi_threshold: Share = Field(default=0.4, description="bilingual: phi - phi_null at least this.")
+    phi_firing: Annotated[float, Field(gt=0, lt=1)] = Field(
+        default=0.5, description="A sentence fires above this share of the maximum."
+    )
+    min_firings: PositiveInt = Field(default=10, description="Firing sentences needed on each side.")
+    paper_threshold: Share = Field(default=0.5, description="bilingual_paper: mixed, not single_token and R_mono at least this.")
+    bootstrap: PositiveInt = Field(default=1000, description="Resamples of a 95 % interval.")
+    lm_loss_tokens: PositiveInt = Field(default=200_000, description="Test tokens for the LM's loss per language.")
+    labels: tuple[str, ...] = Field(default=(), description="CSV or JSONL files with granularity labels 1-4, where there are any.")
 
 
 class Controls(Part):
     """Rows of every table that a careful reader asks for; each at the final checkpoint, under its own model name."""
 
-    shuffled: bool = Field(False, description="The final model with the entries of every weight matrix permuted.")
-    frozen_decoder: bool = Field(False, description="SAEs whose decoder never leaves its random start.")
+    shuffled: bool = Field(default=False, description="The final model with the entries of every weight matrix permuted.")
+    frozen_decoder: bool = Field(default=False, description="SAEs whose decoder never leaves its random start.")
 
 
 class ReportConfig(Part):
     """What the report shows first."""
 
-    layer: NonNegativeInt | Literal["middle"] = Field("middle", description="Layer of the curves over training.")
-    pattern_features: PositiveInt = Field(6, description="Features shown per checkpoint in the activation patterns.")
-    pattern_examples: PositiveInt = Field(4, description="Examples shown per feature.")
-    licences: tuple[str, ...] = Field((), description="Licence and attribution of the data, one line each.")
+    layer: NonNegativeInt | Literal["middle"] = Field(default="middle", description="Layer of the curves over training.")
+    pattern_features: PositiveInt = Field(default=6, description="Features shown per checkpoint in the activation patterns.")
+    pattern_examples: PositiveInt = Field(default=4, description="Examples shown per feature.")
+    licences: tuple[str, ...] = Field(default=(), description="Licence and attribution of the data, one line each.")
 
 
 class Study(Part):
     """A study: models x checkpoints x layers x SAE settings on a corpus in two or more languages."""
 
-    schema_: Literal[1] = Field(SCHEMA, alias="schema", description="Version of this file format.")
+    schema_: Literal[1] = Field(default=SCHEMA, alias="schema", description="Version of this file format.")
     study: StudyInfo = Field(description="Name and seed.")
     compute: Compute = Field(default_factory=Compute, description="Threads, device, precision.")
     corpus: Annotated[PlantedCorpus | TextCorpus, Field(discriminator="kind")] = Field(description="The text.")
     layers: tuple[NonNegativeInt, ...] | Literal["all"] = Field(
-        "all", description="0 = embeddings, L = output of decoder block L; all = 1..n."
+        default="all", description="0 = embeddings, L = output of decoder block L; all = 1..n."
     )
     models: tuple[Model, ...] = Field(min_length=1, description="The language models.")
     sae: SAEConfig = Field(description="The sparse autoencoders.")

@@ -135,10 +135,7 @@ def _set(raw: dict[str, Any], override: str) -> None:
     target: Any = raw
     parts = key.strip().split(".")
     for depth, part in enumerate(parts[:-1]):
-        if isinstance(target, list):
-            target = _item(target, part, override)
-        else:
-            target = target.setdefault(part, {})
+        target = _item(target, part, override) if isinstance(target, list) else target.setdefault(part, {})
         if not isinstance(target, dict | list):
             raise InputError(f"--set {override!r}: {'.'.join(parts[: depth + 1])} is a value, not a table")
     if isinstance(target, list):

@@ -6,7 +6,6 @@ Pure: reads at most a config.json or a folder listing, never weights, never a ne
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -108,7 +107,10 @@ def expand(study: Study) -> tuple[ModelRun, ...]:
     for run in list(runs):
         if run.control != "none":
             continue
-        for control, wanted in (("shuffled", study.controls.shuffled), ("frozen_decoder", study.controls.frozen_decoder)):
+        for control, wanted in (
+            ("shuffled", study.controls.shuffled),
+            ("frozen_decoder", study.controls.frozen_decoder),
+        ):
             if wanted:
                 name = f"{run.name}-{control}"
                 runs.append(replace(run, name=name, control=control, checkpoints=(run.final,)))
@@ -130,7 +132,10 @@ def _pretrained(study: Study, spec: PretrainModel, seed: int) -> ModelRun:
     d, mlp = spec.d_model, mlp_width(spec.d_model)
     block = 4 * d * d + 3 * d * mlp + 2 * d
     shape = Shape(
-        n_layers=spec.n_layers, d_model=d, vocab_size=vocabulary, n_params=2 * vocabulary * d + spec.n_layers * block + d
+        n_layers=spec.n_layers,
+        d_model=d,
+        vocab_size=vocabulary,
+        n_params=2 * vocabulary * d + spec.n_layers * block + d,
     )
     checkpoints = tuple(CheckpointRef(s, s * spec.batch_size * context) for s in spec.checkpoints)
     layers = _layers(spec.layers or study.layers, shape.n_layers, name)
@@ -278,8 +283,12 @@ def cost_of(study: Study, run: ModelRun, memory: float) -> Cost:
     test = _tokens(study, "test") or tokens // 10
     lm_flops = 2.0 * body * (train_pass * passes + 2 * test) * cells
     if isinstance(run.spec, PretrainModel) and run.lm == run.name:
-        lm_flops += 6.0 * (shape.n_params - shape.vocab_size * shape.d_model) * run.spec.steps * run.spec.batch_size * (
-            study.corpus.context_length
+        lm_flops += (
+            6.0
+            * (shape.n_params - shape.vocab_size * shape.d_model)
+            * run.spec.steps
+            * run.spec.batch_size
+            * (study.corpus.context_length)
         )
     # One dense encoder product per token, and gathers over k active features for decode and two gradients.
     per_token = 2.0 * n * shape.d_model + 8.0 * sae.k * shape.d_model

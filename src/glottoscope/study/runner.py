@@ -24,7 +24,17 @@ from glottoscope.study.stages import collecting, pretraining, reporting, scoring
 from glottoscope.study.stages.context import Context
 from glottoscope.study.store import RunStore, digest, file_digest, tree_size
 
-LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "scipy", "pyarrow", "safetensors", "matplotlib", "pydantic")
+LIBRARIES = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "numpy",
+    "scipy",
+    "pyarrow",
+    "safetensors",
+    "matplotlib",
+    "pydantic",
+)
 
 
 class RunResult(NamedTuple):
@@ -107,16 +117,16 @@ def describe_run(study: Study) -> dict[str, Any]:
     """The manifest: what produced the results, without paths of the machine or times."""
     from importlib.metadata import version
 
-    import torch
-
     from glottoscope.lm.checkpoints import choose_device
+    from glottoscope.sae.kernels import enable_fast_matmul
 
     return {
         "glottoscope": glottoscope.__version__,
         "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
         "machine": {
             "system": platform.system(), "architecture": platform.machine(), "device": choose_device(study.compute.device),
-            "threads": study.compute.threads, "matmul_precision": torch.get_float32_matmul_precision(),
+            "threads": study.compute.threads,
+            "matmul": "fast path, measured as true float32" if enable_fast_matmul() else "torch's default",
         },
         "seeds": {
             "study": study.study.seed, "sae": list(study.sae.seeds),
@@ -237,7 +247,12 @@ def _score_units(context: Context) -> list[Unit]:
         for layer, seed in scoring.missing_setups(context, cell):
             groups.setdefault((cell.model.name, layer), []).append((cell.checkpoint.step, seed))
     return [
-        Unit(f"{model} layer {layer}", scoring.score_layer, (str(context.store.root), model, layer, tuple(cells)), len(cells))
+        Unit(
+            f"{model} layer {layer}",
+            scoring.score_layer,
+            (str(context.store.root), model, layer, tuple(cells)),
+            len(cells),
+        )
         for (model, layer), cells in groups.items()
     ]
 
@@ -309,9 +324,7 @@ def clean(root: Path, *, dry_run: bool = False) -> list[tuple[Path, int]]:
                 unwanted = [s for s in seeds if s not in wanted]
                 removed += [(layer, 0)] if seeds and len(unwanted) == len(seeds) else [(s, 0) for s in unwanted]
         for run in pretraining.pretrained_runs(context):
-            removed += [
-                (p, 0) for p in sorted(store.model_dir(run.name).glob("step_*")) if p not in wanted
-            ]
+            removed += [(p, 0) for p in sorted(store.model_dir(run.name).glob("step_*")) if p not in wanted]
         if dry_run:
             return [(path, tree_size(path)) for path, _ in removed]
         return [(path, store.remove(path)) for path, _ in removed if path.exists()]
@@ -327,3 +340,14 @@ def _wanted(context: Context) -> set[Path]:
             paths |= {store.model_dir(cell.model.lm), store.checkpoint_dir(cell.model.lm, step)}
         paths |= {store.setup_dir(model, step, layer, seed) for layer, seed in context.setups(cell)}
     return paths
+
+
+def remake_report(root: Path, console: Console) -> Path:
+    """Make the report again from the tables; returns the path of its page."""
+    store = RunStore(root)
+    with store.lock():
+        context = Context(store.study(), store)
+        store.table("evolution")  # says what to do where the study is not complete
+        key = reporting.report_key(context, scoring.tables_key(context))
+        reporting.make_report(str(store.root), key, lambda *_: console.print("drawing ..."))
+    return store.report_dir / "index.html"

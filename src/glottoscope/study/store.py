@@ -66,9 +66,7 @@ class RunStore:
         if self.study_path.exists():
             owner = self.manifest()["study"]
             if owner != study.study.name:
-                raise InputError(
-                    f"{self.root} belongs to the study {owner!r}, not to {study.study.name!r}: choose another --out"
-                )
+                raise InputError(f"{self.root} belongs to the study {owner!r}, not to {study.study.name!r}: choose another --out")
         elif self.root.is_dir() and any(p.name != ".lock" for p in self.root.iterdir()):
             raise InputError(f"{self.root} is not empty and is no run directory: choose another --out")
         try:

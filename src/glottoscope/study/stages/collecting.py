@@ -49,6 +49,7 @@ from glottoscope.features.language import (
     script_languages,
 )
 from glottoscope.features.truth import ConceptMeans, alignment_truth
+from glottoscope.lm.layers import embedding_module
 from glottoscope.sae.model import TopKSAE
 from glottoscope.sae.quality import QualityAccumulator
 from glottoscope.study.plan import Cell, seed_for
@@ -63,9 +64,7 @@ Setup = tuple[int, int]  # (layer, SAE seed)
 def missing_layers(context: Context, cell: Cell, layers: Sequence[int]) -> list[int]:
     """Layers of the cell whose features are not collected yet; all of them where the final cell's token means are missing."""
     store = context.store
-    if is_ruler(context, cell) and not store.is_done(
-        store.ruler_dir(cell.model.name), "means", means_key(context, cell)
-    ):
+    if is_ruler(context, cell) and not store.is_done(store.ruler_dir(cell.model.name), "means", means_key(context, cell)):
         return list(layers)
     return [
         layer
@@ -132,14 +131,10 @@ def collect_cell(root: str, model: str, step: int, layers: tuple[int, ...], repo
         for (layer, _), setup in setups.items():
             x_MD = chunk.states[layer]
             values, indices = setup.sae.encode(x_MD)
-            setup.collector.update(
-                values.cpu().numpy(), indices.cpu().numpy(), chunk.position, chunk.token, chunk.language
-            )
+            setup.collector.update(values.cpu().numpy(), indices.cpu().numpy(), chunk.position, chunk.token, chunk.language)
             if study.features.rule == "v1":
                 setup.collector.update_max(setup.sae.max_preactivation(x_MD).cpu().numpy())
-            setup.quality.update(
-                setup.sae.normalize(x_MD), setup.sae.decode(values, indices), (values > 0).sum(1), language
-            )
+            setup.quality.update(setup.sae.normalize(x_MD), setup.sae.decode(values, indices), (values > 0).sum(1), language)
         for layer, means in concepts.items():
             assert vocabulary.concept is not None
             means.update(chunk.states[layer].cpu().numpy(), vocabulary.concept[chunk.token], chunk.language)
@@ -175,8 +170,9 @@ def collect_cell(root: str, model: str, step: int, layers: tuple[int, ...], repo
             "feature": histogram.feature.astype(np.int32), "token": histogram.token.astype(np.int32),
             "language": histogram.language.astype(np.uint8), "count": histogram.count.astype(np.int64),
         }))  # fmt: skip
-        write_table(folder / "examples.parquet", _examples_table(context, shown[layer, seed], windows[layer, seed],
-                                                                 blocks, vocabulary, documents))  # fmt: skip
+        write_table(folder / "examples.parquet", _examples_table(
+            context, shown[layer, seed], windows[layer, seed], blocks, vocabulary, documents
+        ))  # fmt: skip
         write_json(folder / "quality.json", _quality(context, setup, what, neutral, aligned, states, concepts, layer))
         store.mark_done(folder, "features", context.features_key(cell, layer, seed), {}, list(FILES))
 
@@ -216,7 +212,7 @@ class _TokenMeans:
     """
 
     def __init__(self, vocabulary: Vocabulary, layers: Sequence[int], lm: Any) -> None:
-        self.embeddings = lm.get_input_embeddings().weight.detach().float().cpu()[: len(vocabulary.text)].clone()
+        self.embeddings = embedding_module(lm).weight.detach().float().cpu()[: len(vocabulary.text)].clone()
         self.layers = tuple(layers)
         self.sums: dict[int, Tensor] = {}
         self.counts = torch.zeros(len(vocabulary.text), dtype=torch.int64)
@@ -255,8 +251,14 @@ def _lm_losses(context: Context, lm: Any, blocks: TokenBlocks) -> dict[str, Any]
     for rows in batches(np.arange(n_blocks), study.compute.lm_batch):
         tokens, language = np.asarray(blocks.tokens[rows]), np.asarray(blocks.language[rows])
         mask, attention = position_mask(tokens, language, info.special_ids), attention_mask(language)
-        arrays = (tokens.astype(np.int64), attention.astype(np.int64), mask, np.where(attention, language, 0).astype(np.int64))
-        nll, n = lm_loss(lm, *(torch.from_numpy(a).to(device) for a in arrays), len(info.languages))
+        arrays = (
+            tokens.astype(np.int64),
+            attention.astype(np.int64),
+            mask,
+            np.where(attention, language, 0).astype(np.int64),
+        )
+        ids, attended, counted, code = (torch.from_numpy(a).to(device) for a in arrays)
+        nll, n = lm_loss(lm, ids, attended, counted, code, len(info.languages))
         total, counts = total + nll, counts + n
     losses = {f"lm_loss_{x}": float(total[g] / counts[g]) if counts[g] else None for g, x in enumerate(info.languages)}
     return {**losses, "n_params": int(sum(p.numel() for p in lm.parameters()))}

@@ -89,9 +89,7 @@ class Context:
         from glottoscope.study.plan import _layers
 
         found = describe(self.lm_checkpoint(run, run.final))
-        shape = Shape(
-            n_layers=found.n_layers, d_model=found.d_model, n_params=found.n_params, vocab_size=found.vocab_size
-        )
+        shape = Shape(n_layers=found.n_layers, d_model=found.d_model, n_params=found.n_params, vocab_size=found.vocab_size)
         return replace(run, shape=shape, layers=_layers(run.spec.layers or self.study.layers, shape.n_layers, run.name))
 
     def run_of(self, name: str) -> ModelRun:
@@ -122,9 +120,7 @@ class Context:
         from glottoscope.lm.checkpoints import choose_device, load_lm, shuffle_weights
 
         compute = self.study.compute
-        model = load_lm(
-            self.lm_checkpoint(cell.model, cell.checkpoint), device=choose_device(compute.device), dtype=compute.dtype
-        )
+        model = load_lm(self.lm_checkpoint(cell.model, cell.checkpoint), device=choose_device(compute.device), dtype=compute.dtype)
         if cell.model.control == "shuffled":
             shuffle_weights(model, seed_for(self.study, "shuffle", cell.model.lm))
         return model
@@ -170,9 +166,7 @@ class Context:
         table = read_parquet(self.store.tokens_dir / "vocabulary.parquet")
         counts = np.stack([table[f"count_{x}"].to_numpy() for x in self.token_info.languages], axis=1)
         concept = table["concept"].to_numpy().astype(np.int32) if "concept" in table.column_names else None
-        return Vocabulary(
-            table["text"].to_pylist(), table["bytes"].to_pylist(), table["has_letters"].to_numpy(), counts, concept
-        )
+        return Vocabulary(table["text"].to_pylist(), table["bytes"].to_pylist(), table["has_letters"].to_numpy(), counts, concept)
 
     def neutral(self) -> NDArray[np.bool_]:
         """bool [V]: tokens that are evidence for no language, from the train split."""

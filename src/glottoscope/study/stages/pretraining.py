@@ -39,8 +39,7 @@ def is_pretrained(context: Context, run: ModelRun) -> bool:
     """Whether every wanted checkpoint of the model is there."""
     store = context.store
     return all(
-        store.is_done(store.checkpoint_dir(run.name, c.step), "pretrain", context.lm_key(Cell(run, c)))
-        for c in run.checkpoints
+        store.is_done(store.checkpoint_dir(run.name, c.step), "pretrain", context.lm_key(Cell(run, c))) for c in run.checkpoints
     ) and store.is_done(store.model_dir(run.name), "pretrain", context.pretrain_key(run))
 
 
@@ -85,7 +84,7 @@ def dictionary_for(context: Context, text: LMText, phi: float) -> Any:
 
     if not text.articles:
         return None
-    sides = [[p[g] for a in text.articles for p in a] for g in (0, 1)]
+    sides: list[Any] = [[p[g] for a in text.articles for p in a] for g in (0, 1)]
     return mine_dictionary(sides[0], sides[1], vocab_size=len(text.is_word), min_phi=phi, is_word=text.is_word)
 
 
@@ -184,8 +183,7 @@ def _reading_text(context: Context, corpus: TextCorpus, run: ModelRun, spec: Pre
         best = np.argsort(-dictionary.phi, kind="stable")[:SHOWN_PAIRS]
         facts["dictionary_pairs"] = len(dictionary.a)
         facts["dictionary_examples"] = [
-            [tokenizer.decode([int(dictionary.a[i])]).strip(), tokenizer.decode([int(dictionary.b[i])]).strip()]
-            for i in best
+            [tokenizer.decode([int(dictionary.a[i])]).strip(), tokenizer.decode([int(dictionary.b[i])]).strip()] for i in best
         ]
     return Reading(
         lambda step: source.lm_batch(step, spec.batch_size), evaluation, len(tokenizer), bos_id,

@@ -46,9 +46,7 @@ def make_report(root: str, key: str, report: Any) -> None:
     data = gather(context)
     build_report(data, store.report_dir)
     files = sorted(
-        str(p.relative_to(store.report_dir))
-        for p in store.report_dir.rglob("*")
-        if p.is_file() and p.name != "done.json"
+        str(p.relative_to(store.report_dir)) for p in store.report_dir.rglob("*") if p.is_file() and p.name != "done.json"
     )
     store.mark_done(store.report_dir, "report", key, {}, files)
 
@@ -93,7 +91,7 @@ def _layer(context: Context, run: ModelRun) -> int:
 
 def _truth(evolution: pa.Table) -> pa.Table | None:
     """Agreement with the planted truth per setup, under the report's names."""
-    if pc.count(evolution["truth_n_alive"]).as_py() == 0:
+    if evolution["truth_n_alive"].null_count == evolution.num_rows:
         return None
     names = {"truth_auc_phi": "auc_phi", "truth_auc_flag": "auc_flag", "truth_n_bilingual": "n_truth_bilingual",
              "truth_n_alive": "n_alive"}  # fmt: skip
@@ -181,9 +179,7 @@ def _example_spans(context: Context, examples: pa.Table, maximum: float) -> list
         pairs = [(t, a) for t, a in zip(row["tokens"], row["activations"], strict=True) if t not in special]
         # Words of the planted world have no spaces of their own.
         tokens = [pieces[t] if not planted else b" " + pieces[t].strip() for t, _ in pairs]
-        spans = [
-            (s.text, max(a for _, a in pairs[s.start : s.end]) / maximum if maximum else 0.0) for s in merge_spans(tokens)
-        ]
+        spans = [(s.text, max(a for _, a in pairs[s.start : s.end]) / maximum if maximum else 0.0) for s in merge_spans(tokens)]
         result.append((row["language"], spans))
     return result
 
@@ -208,7 +204,7 @@ def _notes(context: Context) -> list[str]:
         words = f"{run.name} read {facts['parallel_share']:.0%} parallel documents"
         if facts["switched_share"]:
             words += f"; code switching in {facts['switched_share']:.0%} of the documents"
-        if "dictionary_pairs" in facts and facts["dictionary_pairs"]:
+        if facts.get("dictionary_pairs"):
             shown = ", ".join(f"{a}|{b}" for a, b in facts["dictionary_examples"][:8])
             words += (
                 f" swapped words with probability {facts['switch_probability']:.2f} by a dictionary of "

@@ -92,7 +92,11 @@ def make_rulers(root: str, model: str, names: tuple[str, ...], report: Any) -> N
             import torch
 
             save_file({k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in tensors.items()}, temporary)
-        facts = {"theta": float(clustering.theta), "n_clusters": clustering.n_clusters, "tokens": int((weights > 0).sum())}
+        facts = {
+            "theta": float(clustering.theta),
+            "n_clusters": clustering.n_clusters,
+            "tokens": int((weights > 0).sum()),
+        }
         context.store.mark_done(folder, f"clusters_{name}", key, facts, [f"clusters_{name}.safetensors"])
 
 
@@ -169,9 +173,7 @@ class Scored(NamedTuple):
     row: dict[str, Any]
 
 
-def _score(
-    context: Context, cell: Cell, layer: int, seed: int, folder: Path, embeddings: Ruler, hidden: Ruler
-) -> Scored:
+def _score(context: Context, cell: Cell, layer: int, seed: int, folder: Path, embeddings: Ruler, hidden: Ruler) -> Scored:
     features, languages = context.study.features, context.token_info.languages
     collected, quality = read_parquet(folder / "collected.parquet"), read_json(folder / "quality.json")
     columns: dict[str, Any] = {name: collected[name].to_numpy(zero_copy_only=False) for name in collected.column_names}
@@ -276,9 +278,7 @@ def lm_learning_rate(context: Context, cell: Cell) -> float | None:
     return record.get("settings", {}).get("learning_rate")
 
 
-def _floors(
-    tokens: Groups, n: int, alive: NDArray[np.bool_], embeddings: Ruler, hidden: Ruler, draws: int
-) -> dict[str, Any]:
+def _floors(tokens: Groups, n: int, alive: NDArray[np.bool_], embeddings: Ruler, hidden: Ruler, draws: int) -> dict[str, Any]:
     """What R and coherence are without meaning: cluster labels shuffled within classes of frequency, random vectors."""
     floors: dict[str, Any] = {}
     for name, clustering in (("shuffled", embeddings.shuffled), ("random", embeddings.random)):
@@ -349,9 +349,7 @@ def _sweeps(
     return rows
 
 
-def _theta(
-    context: Context, ruler: Ruler, tokens: Groups, n: int, alive: NDArray[np.bool_], percentile: float
-) -> float | None:
+def _theta(context: Context, ruler: Ruler, tokens: Groups, n: int, alive: NDArray[np.bool_], percentile: float) -> float | None:
     """Mean R with the clusters cut at another percentile; the clustering is kept, since every setup asks for it."""
     cache: dict[tuple[int, float], Clustering] = context.__dict__.setdefault("_theta_sweep", {})
     key = (id(ruler.clustering), percentile)
@@ -434,7 +432,13 @@ def key_fields() -> list[tuple[str, pa.DataType]]:
 
 def _sweep_schema() -> pa.Schema:
     return pa.schema(
-        [*key_fields(), ("sweep", pa.string()), ("value", pa.float64()), ("measure", pa.string()), ("result", pa.float64())]
+        [
+            *key_fields(),
+            ("sweep", pa.string()),
+            ("value", pa.float64()),
+            ("measure", pa.string()),
+            ("result", pa.float64()),
+        ]
     )
 
 
@@ -450,5 +454,3 @@ def evolution_schema(languages: tuple[str, ...]) -> pa.Schema:
     return pa.schema(
         key_fields() + evolution_fields(languages) + [(x, pa.float64()) for x in floats] + [(x, pa.int64()) for x in integers]
     )
-
-

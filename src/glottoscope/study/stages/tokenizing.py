@@ -102,9 +102,7 @@ def _balanced(context: Context, corpus: TextCorpus, report: Any) -> Iterator[Doc
 # ---- documents
 
 
-def documents_of(
-    corpus: TextCorpus, language: str, split: str, counts: ReadReport | None = None
-) -> Iterator[Document]:
+def documents_of(corpus: TextCorpus, language: str, split: str, counts: ReadReport | None = None) -> Iterator[Document]:
     """Documents of one language that belong to a split, in the order of the sources."""
     for source in corpus.sources:
         if source.language != language:
@@ -203,13 +201,15 @@ def _planted(
     return blocks, documents, aligned, world.truth, []
 
 
-def _aligned_ids(
-    pairs: Sequence[AlignedPair], sides: Sequence[list[list[int]]], world: PlantedWorld
-) -> tuple[AlignedTokens, int]:
+def _aligned_ids(pairs: Sequence[AlignedPair], sides: Sequence[list[list[int]]], world: PlantedWorld) -> tuple[AlignedTokens, int]:
     waiting = iter([ids for side in sides for ids in side])
     longest = max(len(ids) for side in sides for ids in side) + 1
     return encode_aligned(
-        pairs, lambda texts: [next(waiting) for _ in texts], bos_id=world.bos_id, pad_id=world.pad_id, max_length=longest
+        pairs,
+        lambda texts: [next(waiting) for _ in texts],
+        bos_id=world.bos_id,
+        pad_id=world.pad_id,
+        max_length=longest,
     )
 
 
@@ -230,7 +230,9 @@ def _text(
         for g, language in enumerate(corpus.languages):
             seen: list[str] = []
 
-            def texts(language: str = language, split: str = split, seen: list[str] = seen) -> Iterator[str]:
+            def texts(
+                language: str = language, split: str = split, seen: list[str] = seen, done: int = s * len(corpus.languages) + g
+            ) -> Iterator[str]:
                 # Every split reads the same files: what was skipped is counted once.
                 for document in documents_of(corpus, language, split, counts if split == "train" else None):
                     seen.append(document.id)
@@ -238,8 +240,7 @@ def _text(
                         report(done, work, f"{split} {language}: {len(seen):,} documents")
                     yield document.text
 
-            done = s * len(corpus.languages) + g
-            report(done, work, f"{split} {language}")
+            report(s * len(corpus.languages) + g, work, f"{split} {language}")
             packed = pack(
                 enumerate(encode_all(encode, texts())), language=g, context_length=corpus.context_length,
                 mode=corpus.mode, bos=corpus.bos, bos_id=bos_id, pad_id=pad_id, drop_short=corpus.drop_short,

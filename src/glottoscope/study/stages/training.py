@@ -14,6 +14,7 @@ from torch import Tensor
 from glottoscope.atomic import write_table
 from glottoscope.corpus.tokens import TokenBlocks, attention_mask, position_mask
 from glottoscope.errors import InputError, NonFiniteError
+from glottoscope.lm.layers import embedding_module
 from glottoscope.sae.model import TopKSAE
 from glottoscope.sae.quality import QualityAccumulator
 from glottoscope.sae.stream import ShuffledActivations
@@ -56,10 +57,10 @@ def train_cell(root: str, model: str, step: int, layers: tuple[int, ...], report
     lm = context.load_lm(cell)
     shape = cell.model.shape
     assert shape is not None
-    if lm.get_input_embeddings().weight.shape[0] < context.token_info.vocab_size:
+    n_rows, n_entries = embedding_module(lm).num_embeddings, context.token_info.vocab_size
+    if n_rows < n_entries:
         raise InputError(
-            f"cell {cell.name}: the tokenizer has {context.token_info.vocab_size} entries, the model's embedding "
-            f"{lm.get_input_embeddings().weight.shape[0]}: they do not belong together"
+            f"cell {cell.name}: the tokenizer has {n_entries} entries, the model's embedding {n_rows}: they do not belong together"
         )
     rates = {layer: _grid(context, cell, layer) for layer in layers}
     trainers: Trainers = {
@@ -119,9 +120,7 @@ def train_cell(root: str, model: str, step: int, layers: tuple[int, ...], report
 
 def chosen_lr(context: Context, cell: Cell, layer: int) -> float:
     """The learning rate that validation loss chose for a layer of a cell."""
-    folder = context.store.setup_dir(
-        cell.model.name, cell.checkpoint.step, layer, min(context.study.sae.seeds)
-    )
+    folder = context.store.setup_dir(cell.model.name, cell.checkpoint.step, layer, min(context.study.sae.seeds))
     if not (folder / "cfg.json").exists():
         raise InputError(f"{folder} is not trained yet: it chooses the learning rate of layer {layer}")
     return float(read_json(folder / "cfg.json")["lr"])
@@ -148,9 +147,7 @@ def _chunks(
         mask = torch.from_numpy(position_mask(tokens, language, special)).flatten()
         states = hidden_states(lm, tokens, attention_mask(language), layers, cell)
         kept = torch.nonzero(mask).flatten()
-        yield {
-            layer: x_BTD.flatten(0, 1).index_select(0, kept.to(x_BTD.device)) for layer, x_BTD in states.items()
-        }
+        yield {layer: x_BTD.flatten(0, 1).index_select(0, kept.to(x_BTD.device)) for layer, x_BTD in states.items()}
 
 
 def _validate(
@@ -166,18 +163,12 @@ def _validate(
             x_MD = chunk[key[0]]
             values, indices = trainer.sae.encode(x_MD)
             l0 = (values > 0).sum(1)
-            quality[key].update(
-                trainer.sae.normalize(x_MD), trainer.sae.decode(values, indices), l0, torch.zeros(len(x_MD))
-            )
+            quality[key].update(trainer.sae.normalize(x_MD), trainer.sae.decode(values, indices), l0, torch.zeros(len(x_MD)))
     return {key: q.result().loss for key, q in quality.items()}
 
 
 def _curve(curves: Any, layer: int, seed: int, rates: Sequence[float], chosen: float) -> pa.Table:
     """The loss curves of a setup, one row per point and learning rate tried."""
-    rows = [
-        (n, lr, loss, rate, l0, lr == chosen) for lr in rates for n, loss, rate, l0 in curves[layer, lr, seed]
-    ]
+    rows = [(n, lr, loss, rate, l0, lr == chosen) for lr in rates for n, loss, rate, l0 in curves[layer, lr, seed]]
     names = ("step", "grid_lr", "loss", "lr", "l0", "chosen")
     return pa.table(dict(zip(names, map(list, zip(*rows, strict=True)), strict=True)))
-
-

@@ -1,0 +1,252 @@
+"""The command line: thin commands over `glottoscope.study`. Nothing heavy is imported before a command needs it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from glottoscope import __version__
+from glottoscope.errors import InputError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from glottoscope.study.config import Study
+
+app = typer.Typer(
+    name="glottoscope",
+    help="Watch a language model become bilingual: sparse autoencoders over checkpoints, layers and sizes.",
+    epilog="First steps: `glottoscope demo` runs the embedded study; `glottoscope init study.toml` writes one to change.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+StudyFile = Annotated[Path, typer.Argument(help="Study file (TOML).", show_default=False)]
+RunDir = Annotated[Path, typer.Argument(help="Run directory.", show_default=False)]
+SetOption = Annotated[
+    list[str],
+    typer.Option("--set", metavar="KEY=VALUE", help="Change a field: sae.k=16, models.0.lr=1e-3. Repeatable."),
+]
+Workers = Annotated[int | None, typer.Option(min=1, help="Local processes. Default: cores / compute.threads.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"glottoscope {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
+) -> None:
+    # Neither a tokenizer's own threads nor a library's telemetry have a place in a reproducible run.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+
+@app.command(epilog="Example: `glottoscope demo --full --out runs/full --seed 1`")
+def demo(
+    full: Annotated[bool, typer.Option("--full", help="Three sizes, five layers, nine checkpoints (10 minutes).")] = False,
+    out: Annotated[Path | None, typer.Option(help="Run directory. Default: runs/NAME.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the study, its text and its models.")] = 0,
+    workers: Workers = None,
+) -> None:
+    """Run the embedded study on the planted bilingual world, and say where its report is."""
+    from glottoscope.study.load import parse_study, preset_text
+
+    preset = "planted-full" if full else "planted"
+    # Another seed is another study: fresh text, fresh models, its own run directory.
+    name = preset if seed == 0 else f"{preset}-seed{seed}"
+    study = parse_study(
+        preset_text(preset), name=preset, folder=Path.cwd(),
+        overrides=[f"study.seed={seed}", f"corpus.seed={seed}", f'study.name="{name}"'],
+    )  # fmt: skip
+    _run(study, out or Path("runs") / name, "report", workers)
+
+
+@app.command(epilog="Example: `glottoscope init study.toml --preset text`")
+def init(
+    path: Annotated[Path, typer.Argument(help="Study file to write.", show_default=False)],
+    preset: Annotated[str, typer.Option(help="planted | planted-full | text | llm-jp-3")] = "planted",
+    force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
+) -> None:
+    """Write a commented study file."""
+    from glottoscope.atomic import write_text
+    from glottoscope.study.load import preset_text
+
+    text = preset_text(preset)
+    if path.exists() and not force:
+        raise InputError(f"{path} exists: choose another name, or --force")
+    if path.is_dir():
+        raise InputError(f"{path} is a folder: name a file, as in {path / 'study.toml'}")
+    write_text(path, text)
+    print(f"{path} written. Next: glottoscope plan {path}")
+
+
+@app.command(epilog="Example: `glottoscope plan examples/llm-jp-3.toml`")
+def plan(
+    study_file: StudyFile,
+    set_: SetOption = [],  # noqa: B006 - typer wants a list
+    device_flops: Annotated[
+        float | None, typer.Option(help="Speed of the device in FLOP/s, for the time. Default: measured on this CPU.")
+    ] = None,
+) -> None:
+    """Say what a study amounts to before anything runs: cells, setups, memory, disk, FLOPs, time."""
+    from glottoscope.study.load import load_study
+    from glottoscope.study.planning import print_plan
+
+    print_plan(load_study(study_file, set_), device_flops, _console())
+
+
+@app.command(epilog="Example: `glottoscope run study.toml --out runs/mine --set sae.k=16 --until features`")
+def run(
+    study_file: StudyFile,
+    out: Annotated[Path | None, typer.Option(help="Run directory. Default: runs/NAME.")] = None,
+    set_: SetOption = [],  # noqa: B006 - typer wants a list
+    until: Annotated[str, typer.Option(help="Last stage: pretrain, tokens, train, features, score, report.")] = "report",
+    workers: Workers = None,
+) -> None:
+    """Run a study, or continue one: complete stages are not run again, changed settings redo only what depends on them."""
+    from glottoscope.study.config import STAGES
+    from glottoscope.study.load import load_study
+
+    if until not in STAGES:
+        raise InputError(f"--until {until}: unknown stage; choose one of {', '.join(STAGES)}")
+    study = load_study(study_file, set_)
+    _run(study, out or Path("runs") / study.study.name, until, workers)
+
+
+@app.command(epilog="Example: `glottoscope status runs/planted`")
+def status(run_dir: RunDir) -> None:
+    """Say how far a run is, and with what settings of the machine."""
+    from rich.table import Table
+
+    from glottoscope.study.runner import status as stage_status
+    from glottoscope.study.store import RunStore, tree_size
+
+    store = RunStore(run_dir)
+    manifest, console = store.manifest(), _console(sys.stdout)
+    study = store.study()
+    table = Table("stage", "state", title=f"{study.study.name} ({run_dir})", title_justify="left")
+    for row in stage_status(run_dir):
+        table.add_row(row.stage, row.words)
+    console.print(table)
+    machine = manifest.get("machine", {})
+    console.print(
+        f"device {machine.get('device')}, {machine.get('threads')} thread(s) per process, "
+        f"float32 products: {machine.get('matmul', 'torch default')}; {tree_size(run_dir) / 2**20:,.0f} MiB"
+    )
+    index = store.report_dir / "index.html"
+    if index.exists():
+        console.print(f"report: {index}")
+
+
+@app.command(epilog="Example: `glottoscope report runs/planted`")
+def report(run_dir: RunDir) -> None:
+    """Make the report of a finished run again, and say where it is."""
+    from glottoscope.study.runner import remake_report
+
+    print(f"report: {remake_report(run_dir, _console())}")
+
+
+@app.command(epilog="Example: `glottoscope measure features.jsonl --rule v1 --out features.csv`")
+def measure(
+    examples: Annotated[Path, typer.Argument(help="Feature examples: one JSON object per line.", show_default=False)],
+    rule: Annotated[str, typer.Option(help="v1 | script | document (needs document_language per example)")] = "v1",
+    out: Annotated[Path | None, typer.Option(help="CSV or Parquet file. Default: a summary.")] = None,
+    min_count: Annotated[int, typer.Option(min=1, help="script, document: fewer counted positions are unclassified.")] = 20,
+) -> None:
+    """Class features of any origin by language from their examples (tokens and activations)."""
+    from glottoscope.study.measuring import measure_examples, print_summary, write_measured
+
+    table = measure_examples(examples, rule=rule, min_count=min_count)
+    if out is not None:
+        write_measured(table, out)
+        print(f"{out} written: {table.num_rows} features")
+    print_summary(table, _console(sys.stdout))
+
+
+@app.command(epilog="Example: `glottoscope clean runs/mine --dry-run`")
+def clean(
+    run_dir: RunDir,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go, remove nothing.")] = False,
+) -> None:
+    """Remove what no setting of the study refers to: checkpoints, layers, seeds and models of earlier settings."""
+    from glottoscope.study.plan import describe_memory
+    from glottoscope.study.runner import clean as clean_run
+
+    removed = clean_run(run_dir, dry_run=dry_run)
+    for path, size in removed:
+        print(f"{'would remove' if dry_run else 'removed'} {path} ({describe_memory(size)})")
+    print(f"{len(removed)} item(s), {describe_memory(sum(size for _, size in removed))}")
+
+
+def _run(study: Study, out: Path, until: str, workers: int | None) -> None:
+    from glottoscope.study.engine import stop_on_sigterm
+    from glottoscope.study.runner import run_study
+
+    stop_on_sigterm()
+    console = _console()
+    console.print(f"study [bold]{study.study.name}[/bold] -> {out}")
+    result = run_study(study, out, until=until, workers=workers, console=console)
+    if result.exit_code:
+        raise typer.Exit(result.exit_code)
+    index = out / "report" / "index.html"
+    if index.exists() and until == "report":
+        print(f"report: {index.resolve()}")
+    else:
+        print(f"{out}: done up to {until}; `glottoscope status {out}` says more")
+
+
+def _console(file: Any = None) -> Console:
+    from rich.console import Console
+
+    return Console(file=file or sys.stderr, soft_wrap=True, highlight=False)
+
+
+def _guarded(command: Callable[[], Any]) -> int:
+    try:
+        command()
+    except InputError as error:
+        print(f"glottoscope: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("glottoscope: interrupted; the same command continues where it stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 0
+    return 0
+
+
+def main() -> None:
+    """Entry point. Exit codes: 0 done, 1 some cells failed, 2 bad input, 130 interrupted."""
+    code = 0
+
+    def command() -> None:
+        nonlocal code
+        import click
+
+        try:
+            code = app(standalone_mode=False) or 0
+        except click.exceptions.Exit as error:
+            code = error.exit_code
+        except click.exceptions.Abort:
+            raise KeyboardInterrupt from None
+        except click.ClickException as error:
+            error.show()
+            code = error.exit_code
+
+    failed = _guarded(command)
+    sys.exit(failed or code)
+
+
+if __name__ == "__main__":
+    main()
