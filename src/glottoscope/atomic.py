@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -48,10 +49,20 @@ def atomic_path(path: Path) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
         else:
             temporary.unlink(missing_ok=True)
-        # Libraries word a full disk in their own ways (safetensors: "No space left", Arrow: OSError errno 28).
-        if getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error):
+        if is_disk_full(error):
             raise InputError(f"no space left on device while writing {path}: free some and run the study again") from None
         raise
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether an exception means that the disk, or a quota of it, is full.
+
+    Libraries word it in their own ways: Arrow with errno 28, safetensors in its message, NumPy as a short write
+    without any errno ("1024 requested and 100 written").
+    """
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return True
+    return "No space left on device" in str(error) or re.search(r"\d+ requested and \d+ written", str(error)) is not None
 
 
 def _flush(path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from glottoscope import __version__
+from glottoscope.atomic import is_disk_full
 from glottoscope.errors import InputError
 
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ def plan(
     from glottoscope.study.load import load_study
     from glottoscope.study.planning import print_plan
 
-    print_plan(load_study(study_file, set_), device_flops, _console())
+    print_plan(load_study(study_file, set_), device_flops, _console(sys.stdout))
 
 
 @app.command(epilog="Example: `glottoscope run study.toml --out runs/mine --set sae.k=16 --until features`")
@@ -209,7 +210,10 @@ def _run(study: Study, out: Path, until: str, workers: int | None) -> None:
 def _console(file: Any = None) -> Console:
     from rich.console import Console
 
-    return Console(file=file or sys.stderr, soft_wrap=True, highlight=False)
+    console = Console(file=file or sys.stderr, soft_wrap=True, highlight=False)
+    if not console.is_terminal:
+        console.width = 200  # a file or a pipe has no width: tables keep their words whole
+    return console
 
 
 def _guarded(command: Callable[[], Any]) -> int:
@@ -223,6 +227,11 @@ def _guarded(command: Callable[[], Any]) -> int:
         return 130
     except BrokenPipeError:
         return 0
+    except OSError as error:
+        if not is_disk_full(error):
+            raise
+        print(f"glottoscope: no space left on device ({error}): free some and run the study again", file=sys.stderr)
+        return 2
     return 0
 
 

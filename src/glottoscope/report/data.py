@@ -57,6 +57,8 @@ class ReportData:
     activation_threshold: float = 0.7  # share of the feature's maximum above which a position counts
     phi_threshold: float = 0.4  # of `bilingual`
     monosemanticity_threshold: float = 0.5  # of `bilingual_paper`
+    language_share: float = 0.9  # above it a feature is one language's
+    theta_percentile: float | None = None  # of pair cosines, above which token clusters merge; None: theta was given
     features: pa.Table | None = None
     evolution_seeds: pa.Table | None = None
     sweeps: pa.Table | None = None  # key, sweep, value, measure, result

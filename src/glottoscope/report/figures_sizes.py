@@ -41,7 +41,8 @@ SWEEP_TITLES = {
     "phi": "Threshold on phi (bilingual)",
     "monosemanticity": "Threshold on R (bilingual_paper)",
     "threshold": "Activation threshold (share of the maximum)",
-    "theta": "Cosine at which clusters merge (theta)",
+    "language_share": "Share above which a feature is one language's",
+    "theta": "Clusters merge above this percentile of pair cosines",
 }
 
 
@@ -135,6 +136,8 @@ def figure_sweeps(data: ReportData) -> ReportFigure | None:
         "phi": data.phi_threshold,
         "monosemanticity": data.monosemanticity_threshold,
         "threshold": data.activation_threshold,
+        "language_share": data.language_share,
+        "theta": data.theta_percentile,
     }
     kinds = [kind for kind in kinds if any(len(where(table, sweep=kind)) for _, table, _ in arms)]
     if not kinds:

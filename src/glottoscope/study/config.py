@@ -388,6 +388,8 @@ class Study(Part):
                 raise ValueError("corpus.tokenizer_training is for models trained here; checkpoints bring their tokenizer")
             if self.features.rule == "v1" and set(self.corpus.languages) != {"en", "ja"}:
                 raise ValueError("features.rule = 'v1' knows English and Japanese only")
+        if self.layers == () or any(m.layers == () for m in self.models):
+            raise ValueError("layers = []: name at least one layer, or 'all'")
         for model in self.models:
             if isinstance(model, PretrainModel):
                 limit, chosen = model.n_layers, model.layers or self.layers

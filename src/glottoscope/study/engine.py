@@ -161,7 +161,7 @@ class Engine:
             with Progress(
                 SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=24),
                 TextColumn("{task.percentage:>3.0f}%"), _Rate(), TimeRemainingColumn(), TextColumn("{task.fields[words]}"),
-                console=self.console, transient=True, refresh_per_second=4,
+                console=self.console, transient=True, refresh_per_second=4, disable=not self.console.is_terminal,
             ) as progress:  # fmt: skip
                 view = _View(progress, stage, units)
                 if self.workers == 1 or len(units) == 1:

@@ -95,7 +95,8 @@ def _resolve_paths(raw: dict[str, Any], folder: Path) -> None:
         # still be overridden, so sources below it stay relative until they are read.
         if "root" not in corpus:
             for source in _tables(corpus.get("sources")):
-                source["path"] = absolute(source.get("path"), base)
+                if "path" in source:
+                    source["path"] = absolute(source["path"], base)
             aligned = corpus.get("aligned")
             if isinstance(aligned, dict):
                 for key in ("train", "dev", "test"):
@@ -107,6 +108,10 @@ def _resolve_paths(raw: dict[str, Any], folder: Path) -> None:
     for model in _tables(raw.get("models")):
         if isinstance(model.get("root"), str):
             model["root"] = absolute(str(Path(model["root"]).expanduser()), folder)
+        elif "hub_id" not in model:
+            for checkpoint in _tables(model.get("checkpoints")):
+                if isinstance(checkpoint.get("path"), str):
+                    checkpoint["path"] = absolute(str(Path(checkpoint["path"]).expanduser()), folder)
         tokenizer = model.get("tokenizer")
         if isinstance(tokenizer, str) and (tokenizer.startswith((".", "/", "~")) or (folder / tokenizer).exists()):
             model["tokenizer"] = absolute(str(Path(tokenizer).expanduser()), folder)
@@ -153,7 +158,8 @@ def _item(values: list[Any], part: str, override: str) -> Any:
 
 def _explain(error: Mapping[str, Any]) -> str:
     """One pydantic error as one clause that names the field and the remedy."""
-    location = [x for x in error["loc"] if x not in _TAGS]
+    # Pydantic names the member of a union too: a tag of ours, or a type as in `layers.tuple[int, ...]`.
+    location = [x for x in error["loc"] if x not in _TAGS and "[" not in str(x)]
     field = ".".join(str(x) for x in location) or "study"
     kind = error["type"]
     if kind == "extra_forbidden":

@@ -65,8 +65,10 @@ def run_study(
     """
     console = console or Console(stderr=True)
     store = RunStore(out)
+    # A folder that is not this study's is not even locked: nothing of it changes.
+    preflight(study)
+    store.check_owner(study)
     with store.lock():
-        preflight(study)
         store.create(study, describe_run(study))
         for path in store.leftovers():
             store.remove(path)
@@ -87,7 +89,7 @@ def run_study(
 
 
 def preflight(study: Study) -> None:
-    """Find bad input before anything runs: missing corpus files, missing checkpoints."""
+    """Find bad input before anything runs: missing files of corpus and labels, missing checkpoints, k beyond n."""
     if isinstance(study.corpus, TextCorpus):
         aligned = study.corpus.aligned
         paths = [s.path for s in study.corpus.sources]
@@ -102,6 +104,10 @@ def preflight(study: Study) -> None:
         for ref in run.checkpoints:
             if ref.path is not None and getattr(run.spec, "hub_id", None) is None and not Path(ref.path).is_dir():
                 raise InputError(f"model {run.name}: no checkpoint folder {ref.path} (step {ref.step})")
+        if run.shape is not None and study.sae.k > (n := study.sae.n_features(run.shape.d_model)):
+            raise InputError(f"model {run.name}: sae.k = {study.sae.k} is larger than its n = {n} features: lower k or raise n")
+    if missing := [path for path in study.features.labels if not Path(path).is_file()]:
+        raise InputError(f"features.labels: {missing[0]}: no such file")
 
 
 def memory_budget(study: Study, workers: int | None) -> float:
@@ -310,6 +316,7 @@ def status(root: Path) -> list[StageStatus]:
 def clean(root: Path, *, dry_run: bool = False) -> list[tuple[Path, int]]:
     """Remove what no setting of the study refers to: cells, layers, seeds, models and rulers; returns path and bytes."""
     store = RunStore(root)
+    store.manifest()
     with store.lock():
         context = Context(store.study(), store)
         wanted = _wanted(context)
@@ -345,6 +352,7 @@ def _wanted(context: Context) -> set[Path]:
 def remake_report(root: Path, console: Console) -> Path:
     """Make the report again from the tables; returns the path of its page."""
     store = RunStore(root)
+    store.manifest()
     with store.lock():
         context = Context(store.study(), store)
         store.table("evolution")  # says what to do where the study is not complete

@@ -39,6 +39,10 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
+class DamagedManifest(InputError):
+    """The manifest is missing or unreadable; `run` writes it again where study.toml tells whose directory it is."""
+
+
 class RunStore:
     """A run directory. Opening one changes nothing; `create` writes the study and the manifest."""
 
@@ -61,14 +65,7 @@ class RunStore:
         Raises:
             InputError: the folder belongs to another study, or holds files that are no run directory.
         """
-        if self.root.exists() and not self.root.is_dir():
-            raise InputError(f"{self.root} is a file, not a folder: choose another --out")
-        if self.study_path.exists():
-            owner = self.manifest()["study"]
-            if owner != study.study.name:
-                raise InputError(f"{self.root} belongs to the study {owner!r}, not to {study.study.name!r}: choose another --out")
-        elif self.root.is_dir() and any(p.name != ".lock" for p in self.root.iterdir()):
-            raise InputError(f"{self.root} is not empty and is no run directory: choose another --out")
+        self.check_owner(study)
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             # The manifest names the owner, so it must never be missing beside a study file.
@@ -79,17 +76,45 @@ class RunStore:
         except OSError as error:
             raise InputError(f"{self.root} cannot be made ({error.strerror}): choose another --out") from None
 
+    def check_owner(self, study: Study) -> None:
+        """Refuse a folder that is not this study's to write in. Changes nothing.
+
+        Raises:
+            InputError: the folder belongs to another study, was written by a newer glottoscope, or holds files that
+                are no run directory.
+        """
+        if self.root.exists() and not self.root.is_dir():
+            raise InputError(f"{self.root} is a file, not a folder: choose another --out")
+        if self.manifest_path.exists() or self.study_path.exists():
+            owner = self._owner()
+            if owner != study.study.name:
+                raise InputError(f"{self.root} belongs to the study {owner!r}, not to {study.study.name!r}: choose another --out")
+        # What a killed start leaves (its lock, temporary files) is no one's property.
+        elif self.root.is_dir() and any(p.name != ".lock" and not p.name.startswith(TEMPORARY_PREFIX) for p in self.root.iterdir()):
+            raise InputError(f"{self.root} is not empty and is no run directory: choose another --out")
+
+    def _owner(self) -> str:
+        """Name of the study that this directory belongs to; a damaged manifest is mended from study.toml."""
+        try:
+            return self.manifest()["study"]
+        except DamagedManifest:
+            if not self.study_path.exists():
+                raise
+        return self._read_study().study.name
+
     def manifest(self) -> dict[str, Any]:
         """Identity, versions, seeds and hashes of the run."""
         if not self.root.is_dir():
             raise InputError(f"{self.root}: no such run directory; `glottoscope run STUDY.toml --out {self.root}` makes it")
         if not self.manifest_path.exists():
-            raise InputError(f"{self.root} is no run directory: it has no manifest.json")
+            raise DamagedManifest(f"{self.root} is no run directory: it has no manifest.json")
         try:
             manifest = json.loads(self.manifest_path.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise InputError(f"{self.manifest_path} is damaged ({error}): run the study again to mend it") from None
-        if manifest.get("schema", 0) > SCHEMA:
+            raise DamagedManifest(f"{self.manifest_path} is damaged ({error}): run the study again to mend it") from None
+        if not isinstance(manifest, dict) or not isinstance(manifest.get("schema"), int) or "study" not in manifest:
+            raise DamagedManifest(f"{self.manifest_path} is damaged (no schema or study): run the study again to mend it")
+        if manifest["schema"] > SCHEMA:
             raise InputError(f"{self.root} was written by a newer glottoscope (schema {manifest['schema']}): update yours")
         return manifest
 
@@ -98,6 +123,9 @@ class RunStore:
         self.manifest()
         if not self.study_path.exists():
             raise InputError(f"{self.root} has no study.toml: run the study again to mend it")
+        return self._read_study()
+
+    def _read_study(self) -> Study:
         text = self.study_path.read_text(encoding="utf-8")
         return parse_study(text, name=str(self.study_path), folder=self.root)
 
@@ -180,27 +208,30 @@ class RunStore:
 
     def done(self, folder: Path) -> dict[str, Any]:
         """Stage -> record of an artefact folder; empty where nothing is complete."""
-        path = folder / "done.json"
         try:
-            return json.loads(path.read_text(encoding="utf-8"))
+            record = json.loads((folder / "done.json").read_text(encoding="utf-8"))
         except FileNotFoundError:
             return {}
         except ValueError:
-            return {}  # a damaged record means the work is not known to be complete: do it again
+            record = None
+        # A damaged record means the work is not known to be complete: do it again.
+        return record if isinstance(record, dict) else {}
 
     def is_done(self, folder: Path, stage: str, key: str) -> bool:
         """Whether `stage` was completed in `folder` with exactly these settings and inputs, and its files are there."""
         record = self.done(folder).get(stage)
-        if record is None or record["key"] != key:
+        if not isinstance(record, dict) or record.get("key") != key:
             return False
-        return all((folder / name).exists() for name in record["files"])
+        return all((folder / name).exists() for name in record.get("files", ()))
 
     def mark_done(self, folder: Path, stage: str, key: str, settings: Mapping[str, Any], files: list[str]) -> None:
         """Write the record of a completed stage, last of all, with the hashes of its files."""
-        record = self.done(folder)
         hashes = {name: file_digest(folder / name) for name in sorted(files)}
-        record[stage] = {"key": key, "settings": dict(settings), "files": hashes}
-        write_json(folder / "done.json", record)
+        # Several units complete stages of one folder (rulers, layer groups): without the lock one of two would be lost.
+        with _locked(folder):
+            record = self.done(folder)
+            record[stage] = {"key": key, "settings": dict(settings), "files": hashes}
+            write_json(folder / "done.json", record)
 
     # ---- tables
 
@@ -210,13 +241,11 @@ class RunStore:
         Raises:
             InputError: it is not there yet; says which command makes it.
         """
-        import pyarrow.parquet as pq
-
         path = self.table_path(name)
         if not path.exists():
             self.manifest()
             raise InputError(f"{path} is not there: the study is not complete; `glottoscope run` continues it")
-        return read_parquet(path) if path.stat().st_size else pq.read_table(path)
+        return read_parquet(path)
 
     def table_or_none(self, name: str) -> pa.Table | None:
         return self.table(name) if self.table_path(name).exists() else None
@@ -239,6 +268,17 @@ class RunStore:
     def leftovers(self) -> list[Path]:
         """Temporary files that a killed process left behind."""
         return sorted(self.root.rglob(f"{TEMPORARY_PREFIX}*"))
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold a folder against other processes of this run; the system lets go of it when a process dies."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def read_parquet(path: Path) -> pa.Table:

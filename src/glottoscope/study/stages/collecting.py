@@ -40,7 +40,7 @@ from glottoscope.features.bilingual import (
     sentence_firings,
     shift_to_next_sentence,
 )
-from glottoscope.features.collect import Collected, Examples, FeatureCollector, token_histogram, top_examples
+from glottoscope.features.collect import Collected, Examples, FeatureCollector, restrict, token_histogram, top_examples
 from glottoscope.features.language import (
     NEUTRAL,
     count_languages,
@@ -53,30 +53,33 @@ from glottoscope.lm.layers import embedding_module
 from glottoscope.sae.model import TopKSAE
 from glottoscope.sae.quality import QualityAccumulator
 from glottoscope.study.plan import Cell, seed_for
-from glottoscope.study.stages.context import Context, Vocabulary, batches, hidden_states
+from glottoscope.study.stages.context import VERSIONS, Context, Vocabulary, batches, hidden_states
 
-SENTENCES = 64  # aligned sentences of one forward pass
+STRICTER = (0.8, 0.9)  # activation thresholds swept beside the study's own
+KEPT_CODES = 256 * 2**20  # bytes of sparse codes kept between the two looks at the test split
+SENTENCES = 256  # aligned sentences of one forward pass
 FILES = ("collected.parquet", "histogram.parquet", "examples.parquet", "quality.json")
 
 Setup = tuple[int, int]  # (layer, SAE seed)
 
 
 def missing_layers(context: Context, cell: Cell, layers: Sequence[int]) -> list[int]:
-    """Layers of the cell whose features are not collected yet; all of them where the final cell's token means are missing."""
-    store = context.store
-    if is_ruler(context, cell) and not store.is_done(store.ruler_dir(cell.model.name), "means", means_key(context, cell)):
-        return list(layers)
+    """Layers of the cell whose features, or (the final cell's) token means, are not collected yet."""
+    return [x for x in layers if _missing_seeds(context, cell, x) or (is_ruler(context, cell) and not _has_means(context, cell, x))]
+
+
+def _missing_seeds(context: Context, cell: Cell, layer: int) -> list[int]:
+    store, model, step = context.store, cell.model.name, cell.checkpoint.step
     return [
-        layer
-        for layer in layers
-        if not all(
-            store.is_done(
-                store.setup_dir(cell.model.name, cell.checkpoint.step, layer, seed), "features",
-                context.features_key(cell, layer, seed),
-            )
-            for seed in context.study.sae.seeds
-        )
-    ]  # fmt: skip
+        seed
+        for seed in context.study.sae.seeds
+        if not store.is_done(store.setup_dir(model, step, layer, seed), "features", context.features_key(cell, layer, seed))
+    ]
+
+
+def _has_means(context: Context, cell: Cell, layer: int) -> bool:
+    folder = context.store.ruler_dir(cell.model.name)
+    return context.store.is_done(folder, f"means_layer_{layer:02d}", means_key(context, cell, layer))
 
 
 def is_ruler(context: Context, cell: Cell) -> bool:
@@ -84,14 +87,24 @@ def is_ruler(context: Context, cell: Cell) -> bool:
     return cell.model.lm == cell.model.name and cell.checkpoint == cell.model.final
 
 
-def means_key(context: Context, cell: Cell) -> str:
-    return context.rulers_key(cell.model)
+def means_key(context: Context, cell: Cell, layer: int) -> str:
+    from glottoscope.study.store import digest
+
+    return digest("means", VERSIONS["rulers"], context.lm_key(cell), context.tokens_key, layer)
 
 
 def cell_key(context: Context, cell: Cell) -> str:
     from glottoscope.study.store import digest
 
     return digest("cell", context.lm_key(cell), context.tokens_key, context.study.features.lm_loss_tokens)
+
+
+class _Codes(NamedTuple):
+    """Sparse codes of some positions."""
+
+    position: NDArray[np.int64]  # [M] block * T + t
+    values: NDArray[np.float32]  # [M, K]
+    indices: NDArray[np.int64]  # [M, K]
 
 
 @dataclass
@@ -102,6 +115,7 @@ class _Setup:
     collector: FeatureCollector
     quality: QualityAccumulator
     firings: dict[tuple[str, int], list[SentenceFirings]] = field(default_factory=dict)
+    codes: list[_Codes] = field(default_factory=list)  # of the whole test split, where they are few
 
 
 def collect_cell(root: str, model: str, step: int, layers: tuple[int, ...], report: Any) -> None:
@@ -110,20 +124,24 @@ def collect_cell(root: str, model: str, step: int, layers: tuple[int, ...], repo
     cell = context.cell_of(model, step)
     study, store, info = context.study, context.store, context.token_info
     lm = context.load_lm(cell)
+    shape = cell.model.shape
+    assert shape is not None
     blocks, vocabulary, neutral = context.blocks("test"), context.vocabulary, context.neutral()
     setups: dict[Setup, _Setup] = {}
     for layer in layers:
-        for seed in study.sae.seeds:
+        for seed in _missing_seeds(context, cell, layer):
             sae = TopKSAE.load(store.setup_dir(model, step, layer, seed), device=str(context.device()))
             collector = FeatureCollector(sae.n, len(info.languages), info.vocab_size, threshold=study.features.threshold)
             setups[layer, seed] = _Setup(sae, collector, QualityAccumulator(sae.d, len(info.languages)))
     ruler = _TokenMeans(vocabulary, layers, lm) if is_ruler(context, cell) else None
     concepts = {
-        layer: ConceptMeans(len(info.languages), int(vocabulary.concept.max()) + 1, setups[layer, study.sae.seeds[0]].sae.d)
+        layer: ConceptMeans(len(info.languages), int(vocabulary.concept.max()) + 1, shape.d_model)
         for layer in layers
     } if vocabulary.concept is not None else {}  # fmt: skip
 
     everything = np.arange(len(blocks.tokens))
+    # Kept codes spare the second pass for the examples; beyond the bound they are computed again.
+    keeps = blocks.tokens.size * study.sae.k * 12 * len(setups) <= KEPT_CODES
     for n, chunk in enumerate(_positions(context, lm, cell, blocks, layers, everything)):
         if n % 5 == 0:
             report(n * study.compute.lm_batch, 2 * len(everything), "test split")
@@ -131,7 +149,10 @@ def collect_cell(root: str, model: str, step: int, layers: tuple[int, ...], repo
         for (layer, _), setup in setups.items():
             x_MD = chunk.states[layer]
             values, indices = setup.sae.encode(x_MD)
-            setup.collector.update(values.cpu().numpy(), indices.cpu().numpy(), chunk.position, chunk.token, chunk.language)
+            codes = _Codes(chunk.position, values.cpu().numpy(), indices.cpu().numpy())
+            setup.collector.update(codes.values, codes.indices, codes.position, chunk.token, chunk.language)
+            if keeps:
+                setup.codes.append(codes)
             if study.features.rule == "v1":
                 setup.collector.update_max(setup.sae.max_preactivation(x_MD).cpu().numpy())
             setup.quality.update(setup.sae.normalize(x_MD), setup.sae.decode(values, indices), (values > 0).sum(1), language)
@@ -143,13 +164,17 @@ def collect_cell(root: str, model: str, step: int, layers: tuple[int, ...], repo
     collected = {key: setup.collector.finish() for key, setup in setups.items()}
     if ruler is not None:
         ruler.write(store.ruler_dir(model))
-        store.mark_done(store.ruler_dir(model), "means", means_key(context, cell), {}, ruler.files)
+        for layer in layers:
+            files = ["embeddings.safetensors", f"hidden_layer_{layer:02d}.safetensors"]
+            store.mark_done(store.ruler_dir(model), f"means_layer_{layer:02d}", means_key(context, cell, layer), {}, files)
 
     report(1, 2, "examples")
     shown = {key: _examples(context, c, blocks.tokens.shape[1], key) for key, c in collected.items()}
     windows = _windows(context, lm, cell, blocks, layers, setups, shown)
     report(3, 4, "aligned sentences")
-    aligned = {w: read_aligned_tokens(store.aligned_dir, w) for w in info.aligned}
+    # Thresholds are judged on dev, and at the final checkpoint only; every claim is made on test.
+    sets = [w for w in info.aligned if w == "test" or cell.checkpoint == cell.model.final]
+    aligned = {w: read_aligned_tokens(store.aligned_dir, w) for w in sets}
     states = {
         which: _aligned_pass(context, lm, cell, pairs, layers, which, setups, collected, neutral)
         for which, pairs in aligned.items()
@@ -226,10 +251,6 @@ class _TokenMeans:
                 self.sums[layer] = torch.zeros(len(self.counts), u_MD.shape[1])
             self.sums[layer].index_add_(0, token, u_MD)
 
-    @property
-    def files(self) -> list[str]:
-        return ["embeddings.safetensors", *(f"hidden_layer_{x:02d}.safetensors" for x in self.layers)]
-
     def write(self, folder: Path) -> None:
         with atomic_path(folder / "embeddings.safetensors") as temporary:
             save_file({"vectors": self.embeddings, "counts": self.counts}, temporary)
@@ -294,7 +315,7 @@ def _windows(
     context: Context, lm: Any, cell: Cell, blocks: TokenBlocks, layers: Sequence[int], setups: dict[Setup, _Setup],
     shown: dict[Setup, Examples],
 ) -> dict[Setup, _Windows]:  # fmt: skip
-    """A second pass over the blocks that hold examples: activations of a feature at every position of its windows."""
+    """A second look at the blocks that hold examples: activations of a feature at every position of its windows."""
     width = blocks.tokens.shape[1]
     window = min(width, context.study.features.example_window)
     result, order, keys = {}, {}, {}
@@ -305,21 +326,39 @@ def _windows(
         pair = examples.block * setups[key].sae.n + examples.feature
         order[key] = np.argsort(pair, kind="stable")
         keys[key] = pair[order[key]]
+    for key, codes in _codes_again(context, lm, cell, blocks, layers, setups, shown):
+        if not len(keys[key]):
+            continue
+        block, t = np.divmod(codes.position, width)
+        pair = block[:, None] * setups[key].sae.n + codes.indices
+        place = np.minimum(np.searchsorted(keys[key], pair), len(keys[key]) - 1)
+        row, pick = np.nonzero((keys[key][place] == pair) & (codes.values > 0))
+        example = order[key][place[row, pick]]
+        column = t[row] - result[key].start[example]
+        inside = (column >= 0) & (column < window)
+        result[key].activations[example[inside], column[inside]] = codes.values[row, pick][inside]
+    return result
+
+
+def _codes_again(
+    context: Context,
+    lm: Any,
+    cell: Cell,
+    blocks: TokenBlocks,
+    layers: Sequence[int],
+    setups: dict[Setup, _Setup],
+    shown: dict[Setup, Examples],
+) -> Iterator[tuple[Setup, _Codes]]:
+    """Codes of the blocks that hold examples: the kept ones, or from another pass."""
+    if all(setup.codes for setup in setups.values()):
+        for key, setup in setups.items():
+            yield from ((key, codes) for codes in setup.codes)
+        return
     needed = np.unique(np.concatenate([e.block for e in shown.values()])) if shown else np.zeros(0, np.int64)
     for chunk in _positions(context, lm, cell, blocks, layers, needed.astype(np.int64)):
-        block, t = np.divmod(chunk.position, width)
         for key, setup in setups.items():
-            if not len(keys[key]):
-                continue
-            values, indices = (a.cpu().numpy() for a in setup.sae.encode(chunk.states[key[0]]))
-            pair = block[:, None] * setup.sae.n + indices
-            place = np.minimum(np.searchsorted(keys[key], pair), len(keys[key]) - 1)
-            row, pick = np.nonzero((keys[key][place] == pair) & (values > 0))
-            example = order[key][place[row, pick]]
-            column = t[row] - result[key].start[example]
-            inside = (column >= 0) & (column < window)
-            result[key].activations[example[inside], column[inside]] = values[row, pick][inside]
-    return result
+            values, indices = setup.sae.encode(chunk.states[key[0]])
+            yield key, _Codes(chunk.position, values.cpu().numpy(), indices.cpu().numpy())
 
 
 def _examples_table(
@@ -350,7 +389,8 @@ def _examples_table(
 
 
 def _text_of(pieces: list[bytes], tokens: list[int]) -> str:
-    return "".join(span.text for span in merge_spans([pieces[t] for t in tokens]))
+    """Text of a window; a character cut at its edge shows as U+FFFD."""
+    return b"".join([pieces[t] for t in tokens]).decode("utf-8", errors="replace")
 
 
 def _document_ids(context: Context) -> list[str]:
@@ -393,7 +433,16 @@ def _collected_table(
         "max_activation": collected.max_activation, "n_positions": collected.n_positions,
     }  # fmt: skip
     columns |= {f"n_{x}": n_lang[:, i] for i, x in enumerate(info.languages)}
-    return pa.table({**columns, "n_neutral": n_neutral})
+    columns["n_neutral"] = n_neutral
+    if rule == "document":
+        # The threshold moves levels: what stricter ones would have counted, for the report's sweep.
+        for stricter in (t for t in STRICTER if t > collected.threshold):
+            part = restrict(collected, collected.max_activation * np.float32(stricter / max(collected.threshold, 1e-9)))
+            n_lang, n_neutral = count_languages(part.feature, document_languages(part, neutral), n, g)
+            suffix = f"_at_{stricter:.0%}".rstrip("%")
+            columns |= {f"n_{x}{suffix}": n_lang[:, i] for i, x in enumerate(info.languages)}
+            columns[f"n_neutral{suffix}"] = n_neutral
+    return pa.table(columns)
 
 
 def _position_scripts(blocks: TokenBlocks, vocabulary: Vocabulary, languages: Sequence[str]) -> NDArray[np.uint8]:

@@ -80,7 +80,8 @@ class Context:
         return tuple(self._sized(run) for run in expand(self.study))
 
     def _sized(self, run: ModelRun) -> ModelRun:
-        if run.layers is not None and run.shape is not None:
+        # What config.json alone says is enough to plan; n_params of the tables is counted.
+        if isinstance(run.spec, PretrainModel) or run.spec.shape is not None:
             return run
         from dataclasses import replace
 
@@ -298,7 +299,7 @@ class Context:
             mode="json",
             include={"theta", "theta_percentile", "cluster_tokens", "neutral_ratio", "neutral_min_count"},
         )  # fmt: skip
-        return digest("rulers", VERSIONS["rulers"], self.lm_key(final), self.tokens_key, features, run.known_layers(),
+        return digest("rulers", VERSIONS["rulers"], self.lm_key(final), self.tokens_key, features,
                       self.study.study.seed)  # fmt: skip
 
     def score_key(self, cell: Cell, layer: int, seed: int) -> str:

@@ -57,6 +57,7 @@ def text_dir(context: Context) -> Path:
 
 def make_lm_text(root: str, report: Any) -> None:
     """Encode the train split for pre-training: documents of each language, aligned sentences, the mined dictionary."""
+    from glottoscope.corpus.readers import split_of
     from glottoscope.corpus.tokens import encoder
 
     context = Context.open(root)
@@ -69,7 +70,10 @@ def make_lm_text(root: str, report: Any) -> None:
         report(n, len(corpus.languages) + 2, f"encoding {language}")
         texts = (d.text for d in documents_of(corpus, language, "train"))
         files += _write_ragged(folder, language, encode_all(encode, texts))
-    pairs = aligned_pairs(corpus, "train")
+    # Articles of the training pairs may be documents of the test split: the model must not read those.
+    pairs = [
+        p for p in aligned_pairs(corpus, "train") if split_of(p.article, seed=corpus.split_seed, fractions=corpus.split) == "train"
+    ]
     report(len(corpus.languages), len(corpus.languages) + 2, f"encoding {len(pairs):,} sentence pairs")
     for g, language in enumerate(corpus.languages):
         files += _write_ragged(folder, f"aligned_{language}", encode_all(encode, (p.texts[g] for p in pairs)))

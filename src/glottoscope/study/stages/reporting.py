@@ -64,6 +64,8 @@ def gather(context: Context) -> ReportData:
         activation_threshold=features.threshold,
         phi_threshold=features.phi_threshold,
         monosemanticity_threshold=features.paper_threshold,
+        language_share=features.language_share,
+        theta_percentile=features.theta_percentile if features.theta is None else None,
         features=store.table("features"),
         evolution_seeds=store.table_or_none("evolution_seeds"),
         sweeps=store.table_or_none("sweeps"),

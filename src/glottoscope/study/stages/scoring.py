@@ -179,16 +179,16 @@ def _score(context: Context, cell: Cell, layer: int, seed: int, folder: Path, em
     columns: dict[str, Any] = {name: collected[name].to_numpy(zero_copy_only=False) for name in collected.column_names}
     n = collected.num_rows
     alive, exposure = columns["alive"].astype(bool), np.asarray(quality["exposure"])
-    n_lang = np.stack([columns[f"n_{x}"] for x in languages], axis=1)
 
-    def classes(share: float) -> Any:
-        return classify(n_lang, columns["n_neutral"], exposure, alive, languages, min_count=features.min_count, share=share)
+    def classes(share: float, suffix: str = "") -> Any:
+        n_lang = np.stack([columns[f"n_{x}{suffix}"] for x in languages], axis=1)
+        n_neutral = columns[f"n_neutral{suffix}"]
+        return classify(n_lang, n_neutral, exposure, alive, languages, min_count=features.min_count, share=share)
 
     found = classes(features.language_share)
     language = found.language
     if features.rule == "v1":
-        by_code = dict(zip(languages, n_lang.T, strict=True))
-        language = v1.v1_classify(np.stack([by_code["en"], by_code["ja"]], axis=1), alive)
+        language = v1.v1_classify(np.stack([columns["n_en"], columns["n_ja"]], axis=1), alive)
 
     h = read_parquet(folder / "histogram.parquet")
     histogram = TokenHistogram(*(h[c].to_numpy().astype(np.int64) for c in ("feature", "token", "language", "count")))
@@ -332,17 +332,24 @@ def _sweeps(
     total = max(1, int(alive.sum()))
     rows: list[list[Any]] = []
     if "phi" in columns:
-        pairs = columns["n_pairs_a"], columns["n_pairs_b"]
+        # Thresholds are judged on dev where it was collected (the final checkpoint), so that test stays untouched.
+        dev = "_dev" if "phi_dev" in columns else ""
+        pairs = columns[f"n_pairs_a{dev}"], columns[f"n_pairs_b{dev}"]
         for value in PHI_SWEEP:
-            flag = is_bilingual(language, columns["phi"], columns["phi_null"], *pairs, threshold=value,
+            flag = is_bilingual(language, columns[f"phi{dev}"], columns[f"phi_null{dev}"], *pairs, threshold=value,
                                 min_firings=features.min_firings)  # fmt: skip
             rows.append(["phi", value, "share_bilingual", int(flag.sum()) / total])
     for value in R_SWEEP:
         paper = (language == "mixed") & ~mono.single_token & (mono.r >= value)
         rows.append(["monosemanticity", value, "share_bilingual_paper", int((paper & alive).sum()) / total])
+    if features.rule == "document":
+        for suffix in ("", *(x.removeprefix("n_neutral") for x in columns if x.startswith("n_neutral_at_"))):
+            value = features.threshold if not suffix else int(suffix.removeprefix("_at_")) / 100
+            mixed = classes(features.language_share, suffix).language == "mixed"
+            rows.append(["threshold", value, "share_mixed", int(mixed.sum()) / total])
     if features.rule != "v1":
         for value in LANGUAGE_SWEEP:
-            rows.append(["threshold", value, "share_mixed", int((classes(value).language == "mixed").sum()) / total])
+            rows.append(["language_share", value, "share_mixed", int((classes(value).language == "mixed").sum()) / total])
     if embeddings.clustering.labels is not None:
         for percentile in THETA_SWEEP:
             rows.append(["theta", percentile, "monosemanticity", _theta(context, embeddings, tokens, n, alive, percentile)])

@@ -30,18 +30,16 @@ Trainers = dict[tuple[int, float, int], SAETrainer]  # (layer, learning rate, SA
 
 def missing_layers(context: Context, cell: Cell, layers: Sequence[int]) -> list[int]:
     """Layers of the cell with an SAE that is not trained yet (or was, with other settings)."""
-    store = context.store
+    return [layer for layer in layers if _missing_seeds(context, cell, layer)]
+
+
+def _missing_seeds(context: Context, cell: Cell, layer: int) -> list[int]:
+    store, model, step = context.store, cell.model.name, cell.checkpoint.step
     return [
-        layer
-        for layer in layers
-        if not all(
-            store.is_done(
-                store.setup_dir(cell.model.name, cell.checkpoint.step, layer, seed), "train",
-                context.train_key(cell, layer, seed),
-            )
-            for seed in context.study.sae.seeds
-        )
-    ]  # fmt: skip
+        seed
+        for seed in context.study.sae.seeds
+        if not store.is_done(store.setup_dir(model, step, layer, seed), "train", context.train_key(cell, layer, seed))
+    ]
 
 
 def train_cell(root: str, model: str, step: int, layers: tuple[int, ...], report: Any) -> None:
@@ -63,6 +61,8 @@ def train_cell(root: str, model: str, step: int, layers: tuple[int, ...], report
             f"cell {cell.name}: the tokenizer has {n_entries} entries, the model's embedding {n_rows}: they do not belong together"
         )
     rates = {layer: _grid(context, cell, layer) for layer in layers}
+    # A grid is chosen by the loss of all seeds together; without one, a seed that is there is not trained again.
+    seeds = {layer: list(sae.seeds) if len(rates[layer]) > 1 else _missing_seeds(context, cell, layer) for layer in layers}
     trainers: Trainers = {
         (layer, lr, seed): SAETrainer(
             # The same start for every checkpoint of a layer removes one source of difference between them.
@@ -73,7 +73,7 @@ def train_cell(root: str, model: str, step: int, layers: tuple[int, ...], report
             lr, sae.warmup_steps, eps=sae.eps, betas=sae.betas,
             frozen_decoder=cell.model.control == "frozen_decoder", kernel=sae.kernel,
         )
-        for layer in layers for lr in rates[layer] for seed in sae.seeds
+        for layer in layers for lr in rates[layer] for seed in seeds[layer]
     }  # fmt: skip
     blocks = context.blocks("train")
     stream = ShuffledActivations(
@@ -98,9 +98,10 @@ def train_cell(root: str, model: str, step: int, layers: tuple[int, ...], report
     report(sae.n_steps, sae.n_steps, "validation")
     validation = _validate(context, lm, cell, trainers, layers)
     for layer in layers:
-        chosen = min(rates[layer], key=lambda lr: (sum(validation[layer, lr, s] for s in sae.seeds), lr))
-        losses = {str(lr): [validation[layer, lr, s] for s in sae.seeds] for lr in rates[layer]}
-        for seed in sae.seeds:
+        chosen = min(rates[layer], key=lambda lr: (sum(validation[layer, lr, s] for s in seeds[layer]), lr))
+        for seed in seeds[layer]:
+            shown = seeds[layer] if len(rates[layer]) > 1 else [seed]
+            losses = {str(lr): [validation[layer, lr, s] for s in shown] for lr in rates[layer]}
             folder = context.store.setup_dir(model, step, layer, seed)
             # An older SAE's features are worth nothing beside a new one's weights.
             if folder.exists():
