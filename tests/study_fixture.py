@@ -11,9 +11,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import tomli_w
 from rich.console import Console
@@ -113,11 +114,12 @@ def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
     return path
 
 
-WORDS = {
-    "en": "river temple garden gate bridge market winter summer mountain shrine teacher station water flower letter road".split(),
-    "ja": "川 寺 庭 門 橋 市場 冬 夏 山 神社 先生 駅 水 花 手紙 道".split(),
-    "de": "Fluss Tempel Garten Tor Brücke Markt Winter Sommer Berg Schrein Lehrer Bahnhof Wasser Blume Brief Straße".split(),
+NOUNS = {
+    "en": "river temple garden gate bridge market winter summer mountain shrine teacher station water flower letter road",
+    "ja": "川 寺 庭 門 橋 市場 冬 夏 山 神社 先生 駅 水 花 手紙 道",
+    "de": "Fluss Tempel Garten Tor Brücke Markt Winter Sommer Berg Schrein Lehrer Bahnhof Wasser Blume Brief Straße",
 }
+WORDS = {language: words.split() for language, words in NOUNS.items()}
 FRAMES = {"en": "the {} is near the {} .", "ja": "{}は{}の近くにある。", "de": "der {} steht nahe dem {} ."}
 
 
@@ -180,3 +182,37 @@ def stop_when(arguments: Sequence[str | Path], ready: Callable[[], bool], number
         process.send_signal(number)
         _, errors = process.communicate(timeout=60)
     return process.returncode, errors
+
+
+class Ended(NamedTuple):
+    """What a command left behind: its exit code and what it said."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def complaint(self) -> str:
+        """The one line on stderr that says what is wrong."""
+        assert "Traceback" not in self.err, self.err
+        lines = [x for x in self.err.splitlines() if x.startswith("glottoscope: ")]
+        assert len(lines) == 1, self.err
+        return lines[0].removeprefix("glottoscope: ")
+
+
+def command(*arguments: str | Path) -> Ended:
+    """The command line in this process: what a user types, what comes back."""
+    from glottoscope.cli import main
+
+    out, err = StringIO(), StringIO()
+    handler, argv, code = signal.getsignal(signal.SIGTERM), sys.argv, 0
+    sys.argv = ["glottoscope", *map(str, arguments)]
+    try:
+        with redirect_stdout(out), redirect_stderr(err):
+            main()
+    except SystemExit as end:
+        code = int(end.code or 0)
+    finally:
+        sys.argv = argv
+        signal.signal(signal.SIGTERM, handler)
+    return Ended(code, out.getvalue(), err.getvalue())

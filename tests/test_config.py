@@ -135,7 +135,12 @@ def test_rule_v1_knows_english_and_japanese_only(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [("study = [\nx\n", "line 2"), ("study = [\n", "end of document"), ('[study]\nname = "a"\nname = "b"\n', "line 3"), ("a b c", "line 1")],
+    [
+        ("study = [\nx\n", "line 2"),
+        ("study = [\n", "end of document"),
+        ('[study]\nname = "a"\nname = "b"\n', "line 3"),
+        ("a b c", "line 1"),
+    ],
 )
 def test_bad_toml_names_its_line(text: str, words: str) -> None:
     with pytest.raises(InputError, match=rf"s\.toml: not TOML: .*{words}"):

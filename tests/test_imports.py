@@ -71,7 +71,7 @@ def imports_of(path: Path) -> set[tuple[str, bool]]:
 
 
 def room_of(module: str) -> str:
-    return (module.split(".") + ["", ""])[1]
+    return ([*module.split("."), "", ""])[1]
 
 
 def within(module: str, names: tuple[str, ...]) -> bool:

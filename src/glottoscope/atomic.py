@@ -57,12 +57,14 @@ def atomic_path(path: Path) -> Iterator[Path]:
 def is_disk_full(error: BaseException) -> bool:
     """Whether an exception means that the disk, or a quota of it, is full.
 
-    Libraries word it in their own ways: Arrow with errno 28, safetensors in its message, NumPy as a short write
-    without any errno ("1024 requested and 100 written").
+    Libraries word it in their own ways: Arrow with an errno, safetensors and tokenizers in their message ("os error
+    28"), NumPy as a short write without any errno ("1024 requested and 100 written").
     """
-    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    numbers, message = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG), str(error)
+    if getattr(error, "errno", None) in numbers or "No space left on device" in message:
         return True
-    return "No space left on device" in str(error) or re.search(r"\d+ requested and \d+ written", str(error)) is not None
+    found = re.search(r"\(os error (\d+)\)", message)
+    return (found is not None and int(found[1]) in numbers) or re.search(r"\d+ requested and \d+ written", message) is not None
 
 
 def _flush(path: Path) -> None:

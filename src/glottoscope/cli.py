@@ -241,17 +241,22 @@ def main() -> None:
 
     def command() -> None:
         nonlocal code
-        import click
-
         try:
             code = app(standalone_mode=False) or 0
-        except click.exceptions.Exit as error:
+        except typer.Exit as error:
             code = error.exit_code
-        except click.exceptions.Abort:
-            raise KeyboardInterrupt from None
-        except click.ClickException as error:
-            error.show()
-            code = error.exit_code
+        except typer.Abort:
+            code = 130
+        except Exception as error:
+            # Typer 0.20 and later bring their own copy of click: its errors are known by what they can do.
+            show = getattr(error, "show", None)
+            if show is None or not hasattr(error, "exit_code"):
+                raise
+            show()
+            code = error.exit_code  # pyright: ignore[reportAttributeAccessIssue]
+        # Some versions turn Ctrl-C into an exit of their own, without a word.
+        if code == 130:
+            raise KeyboardInterrupt
 
     failed = _guarded(command)
     sys.exit(failed or code)

@@ -75,7 +75,7 @@ def gather(context: Context) -> ReportData:
         settings=study.dump(),
         manifest=store.manifest(),
         language_names={x: LANGUAGE_NAMES.get(x, x) for x in info.languages},
-        notes=_notes(context),
+        notes=[*_notes(context), *_pair_control_notes(context, evolution)],
         choices=choices(context),
         detectable=_detectable(context, evolution),
         turning=_turning(context, evolution),
@@ -234,6 +234,27 @@ def _notes(context: Context) -> list[str]:
     return notes
 
 
+def _pair_control_notes(context: Context, evolution: pa.Table) -> list[str]:
+    """What would have passed as bilingual with the wrong sentences, at the last checkpoint of each model's curve."""
+    notes = []
+    for run in context.runs:
+        rows = [
+            r
+            for r in evolution.to_pylist()
+            if (r["model"], r["step"], r["layer"]) == (run.name, run.final.step, _layer(context, run))
+            and r["n_bilingual"] is not None
+        ]
+        if rows:
+            row = rows[0]
+            notes.append(
+                f"Controls of the pairs, {run.name} at its last checkpoint, layer {row['layer']}: {row['n_bilingual']} features "
+                f"pass with the translations, {row['n_bilingual_next']} with the next sentence of the article instead, "
+                f"{row['n_bilingual_shuffled']} with shuffled pairs; {row['count_supportable']} of {row['n_alive']} alive "
+                "features fire in enough sentences on both sides to pass at all."
+            )
+    return notes
+
+
 def choices(context: Context) -> list[tuple[str, str, str]]:
     """Choices of METHOD that are ours: (what, ours, the paper's)."""
     study = context.study
@@ -254,6 +275,11 @@ def choices(context: Context) -> list[tuple[str, str, str]]:
         ("token space over training", "that of the final checkpoint at every step", NOT_KNOWN),
         ("bilingual", f"mixed and phi - phi_null >= {features.phi_threshold} over aligned sentences, at least "
          f"{features.min_firings} firing sentences on each side", "no such measure; mixed and monosemantic stands beside it"),
+        ("phi_null", "exact mean over permutations within strata of about 10 pairs of like length", "no such measure"),
+        ("neutral tokens", "without letters, or frequent in both languages on the train split; counted for no language",
+         "v1 counts them as Japanese; v2: " + NOT_KNOWN),
+        ("initial SAE weights", "the same for every checkpoint of a layer", NOT_KNOWN),
+        ("b_dec", "geometric median of the first batch (Weiszfeld with the step of Vardi and Zhang)", "geometric median"),
         ("coherence", f"1 - expected entropy of {features.coherence_draws} positions / log {features.coherence_draws}, on "
          "clusters of the final checkpoint's mean hidden states", "not used"),
         ("intervals", f"95 % bootstrap over the features of one SAE, {features.bootstrap} resamples; they hold for that "

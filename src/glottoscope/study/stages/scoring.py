@@ -400,7 +400,7 @@ def _rows(context: Context) -> Iterator[tuple[dict[str, Any], Path]]:
 
 
 def make_tables(root: str, report: Any) -> None:
-    """tables/features, evolution, evolution_seeds, sweeps and truth: one place for all setups, rows in a fixed order."""
+    """tables/features, evolution, evolution_seeds and sweeps: one place for all setups, rows in a fixed order."""
     context = Context.open(root)
     store, languages = context.store, context.token_info.languages
     rows, sweeps = [], []
@@ -420,7 +420,7 @@ def make_tables(root: str, report: Any) -> None:
     files = ["features.parquet"]
     tables = {"evolution": evolution, "sweeps": pa.Table.from_pylist(sweeps, _sweep_schema())}
     if bands := seeds_band(rows):
-        tables["evolution_seeds"] = pa.Table.from_pylist([_plain(b) for b in bands])
+        tables["evolution_seeds"] = pa.Table.from_pylist([_plain(b) for b in bands], _band_schema(bands))
     for name, table in tables.items():
         write_table(store.table_path(name), table)
         files.append(f"{name}.parquet")
@@ -431,6 +431,13 @@ def make_tables(root: str, report: Any) -> None:
 
 def _plain(row: dict[str, Any]) -> dict[str, Any]:
     return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()}
+
+
+def _band_schema(bands: list[dict[str, Any]]) -> pa.Schema:
+    """Key columns and counts are what they are; measures are floats, also where every one is null."""
+    known = dict(key_fields())
+    counts = ("n", "n_lm_seeds", "n_sae_seeds")
+    return pa.schema([(k, known.get(k, pa.int64() if k in counts else pa.float64())) for k in bands[0]])
 
 
 def key_fields() -> list[tuple[str, pa.DataType]]:
