@@ -13,6 +13,7 @@ help:
 	@echo "make demo       run the embedded study and print where the report is (about 2 minutes on 2 cores)"
 	@echo "make demo-full  the same with three sizes and the negative control (about 10 minutes)"
 	@echo "make test       run the tests"
+	@echo "make test-browser  open the report in the system's Chromium and look at it there"
 	@echo "make lint       ruff and pyright"
 	@echo "make docs       write docs/configuration.md and docs/tables.md from the code"
 
@@ -36,6 +37,11 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	@$(BIN)/python -m pip install $(PIP_FLAGS) -e '.[dev]'
 	@touch $@
 
+$(VENV)/.installed-browser: $(VENV)/.installed-dev
+	@echo "installing what drives a browser ..."
+	@$(BIN)/python -m pip install $(PIP_FLAGS) -e '.[browser]'
+	@touch $@
+
 demo: setup
 	@$(BIN)/glottoscope demo
 
@@ -43,13 +49,19 @@ demo-full: setup
 	@$(BIN)/glottoscope demo --full
 
 test: setup-dev
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests --ignore=tests/browser
 
 # The report opens in a browser without one being needed to make it; a browser of the system is driven here.
-test-browser: setup-dev
+test-browser: find-browser $(VENV)/.installed-browser
 	$(BIN)/python -m pytest tests/browser
 
-lint: setup-dev
+.PHONY: find-browser
+find-browser:
+	@for name in chromium chromium-browser google-chrome-stable google-chrome; do \
+	  command -v $$name >/dev/null && exit 0; done; \
+	  echo "no Chromium found; on Debian: apt install chromium fonts-noto-cjk" >&2; exit 1
+
+lint: setup-dev $(VENV)/.installed-browser
 	$(BIN)/ruff check src tests
 	$(BIN)/ruff format --check src tests
 	$(BIN)/pyright

@@ -12,6 +12,7 @@ import tomli_w
 from study_fixture import (
     PLANTED,
     STAGES,
+    command,
     contents,
     log_lines,
     planted,
@@ -25,7 +26,9 @@ from study_fixture import (
 
 from glottoscope.atomic import TEMPORARY_PREFIX
 from glottoscope.errors import InputError
+from glottoscope.study.engine import stop_on_sigterm
 from glottoscope.study.runner import clean, status
+from glottoscope.study.stages import training
 from glottoscope.study.store import RunStore
 
 NOTHING = dict.fromkeys(STAGES, 0)
@@ -76,14 +79,6 @@ def test_changed_settings_redo_only_what_depends_on_them(copy: RunStore, changes
     # The token store of the planted world does not depend on the language model.
     expected = set(STAGES[STAGES.index(first) :]) - ({"tokens"} if first == "pretrain" else set())
     assert redone == expected - (set() if first == "report" else {"report"})
-
-
-def test_a_changed_back_setting_gives_the_old_bytes(copy: RunStore) -> None:
-    before = contents(copy.root)
-    rerun(copy, planted(sae={"k": 2}), until="score")
-    assert contents(copy.root) != before
-    rerun(copy, PLANTED, until="score")
-    assert contents(copy.root) == before
 
 
 MORE = {
@@ -177,10 +172,9 @@ def slow(tmp_path_factory: pytest.TempPathFactory) -> RunStore:
     ("number", "code", "sign", "workers"),
     [
         (signal.SIGKILL, -signal.SIGKILL, "tokens/done.json", 1),
-        (signal.SIGINT, 130, "models/m/step_0/done.json", 1),
-        (signal.SIGTERM, 130, "cells/m@*/layer_00/seed_0/done.json", 2),
+        (signal.SIGINT, 130, "cells/m@*/layer_00/seed_0/done.json", 2),
     ],
-    ids=["kill-while-training", "interrupt-while-pretraining", "terminate-two-workers"],
+    ids=["kill", "interrupt-two-workers"],
 )
 def test_a_stopped_run_continues_to_the_same_bytes(
     slow: RunStore, tmp_path: Path, number: signal.Signals, code: int, sign: str, workers: int
@@ -199,6 +193,34 @@ def test_a_stopped_run_continues_to_the_same_bytes(
     assert store.leftovers() == []
     # What was complete when it was stopped was not done again.
     assert sum(work_done(store).values()) <= sum(work_done(slow).values()) + 1
+
+
+def test_sigterm_is_an_interrupt() -> None:
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        stop_on_sigterm()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+
+
+def test_ctrl_c_while_a_model_is_trained(copy: RunStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the driver's own process: one line, exit code 130, and nothing half written."""
+    before = contents(copy.root)
+    shutil.rmtree(copy.cells_dir)
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "_validate", interrupted)
+    (tmp_path / "s.toml").write_text(tomli_w.dumps(PLANTED), encoding="utf-8")
+    ended = command("run", tmp_path / "s.toml", "--out", copy.root, "--workers", "1")
+    assert ended.code == 130
+    assert ended.complaint == "interrupted; the same command continues where it stopped"
+    monkeypatch.undo()
+    assert rerun(copy, PLANTED, until="score")["pretrain"] == 0
+    assert contents(copy.root) == before
 
 
 def test_a_run_in_use_is_refused(copy: RunStore) -> None:

@@ -276,7 +276,7 @@ def test_one_checkpoint_only(tmp_path: Path) -> None:
     ids=["script", "v1", "theta", "groups", "shared"],
 )
 def test_settings_of_the_planted_study(tiny: RunStore, tmp_path: Path, changes: dict[str, Any]) -> None:
-    store = run(planted(**changes), tmp_path / "run", until="report" if "shared_tokens" in changes.get("corpus", {}) else "score")
+    store = run(planted(**changes), tmp_path / "run", until="score")
     assert [(r["step"], r["layer"]) for r in rows(store)] == [(s, x) for s in (0, 20) for x in (0, 1)]
     table = store.table("features").to_pylist()
     assert {r["language"] for r in table} <= {"en", "ja", "mixed", "neutral", "unclassified", "dead"}

@@ -35,14 +35,11 @@ class Surface:
         if shared_tokens:
             add(lx.SHARED_PUNCTUATION + lx.DIGITS + lx.NAMES, NO_LANGUAGE, shared=True)
             add((lx.YEAR_WORD,), JAPANESE)
-        else:
-            add(lx.ENGLISH_PUNCTUATION, ENGLISH)
-            add(lx.JAPANESE_PUNCTUATION, JAPANESE)
         add(lx.ENGLISH_FUNCTION, ENGLISH)
         add(lx.JAPANESE_FUNCTION, JAPANESE)
         for index, concept in enumerate(lx.CONCEPTS):
             add(concept.english, ENGLISH, index)
-            add((concept.japanese,), JAPANESE, index)
+            add(concept.japanese, JAPANESE, index)
         self.vocabulary = list(rows)
         self.id_of = {word: i for i, word in enumerate(self.vocabulary)}
         self.language = np.array([row[0] for row in rows.values()], np.uint8)
@@ -62,7 +59,10 @@ class Surface:
         self.base = column(*(e[0] for e in english))
         self.second_form = column(*(e[1] for e in english))  # plural of a noun, third person of a verb
         self.past = column(*(e[2] for e in english))
-        self.japanese = column(*(c.japanese for c in concepts))
+        japanese = [(c.japanese + c.japanese[-1:] * 2)[:3] for c in concepts]
+        self.japanese = column(*(j[0] for j in japanese))
+        self.japanese_past = column(*(j[1] for j in japanese))
+        self.japanese_negative = column(*(j[2] for j in japanese))
         self.preposition = column(*(c.preposition for c in concepts))
         self.counter = column(*(c.counter for c in concepts))
         self.linker = column(*(c.linker for c in concepts))
@@ -153,7 +153,7 @@ class Surface:
             self._when(m.very, "very"), self.base[m.quality],
             owner_article, self.base[m.possessor], self._when(owned, "'s"), *object_phrase,
             self.preposition[m.place], self._when(has_place, "the"), self.base[m.place],
-            self._end(m, ENGLISH),
+            *self._end(m),
         ]  # fmt: skip
 
     # --- Japanese: (time) subject (place) object verb ---
@@ -190,12 +190,11 @@ class Surface:
             self.japanese[m.possessor], self._when(owner, "の"),
             *self._japanese_phrase(m.object, m.number_digit), self._when(has_object & ~predicate_noun, "を"),
             self._when(m.very, "とても"), self.japanese[m.quality],
-            self.japanese[m.verb],
-            self._one_of([is_there & self.animate[m.subject.noun], is_there], ["い", "あり"]),
-            self._one_of([~acts & ~is_there, negative, past, acts | is_there], ["です", "ません", "ました", "ます"]),
+            np.where(negative, self.japanese_negative[m.verb], np.where(past, self.japanese_past[m.verb], self.japanese[m.verb])),
+            self._one_of([is_there & self.animate[m.subject.noun], is_there, ~acts], ["います", "あります", "です"]),
             self._when(negative & past, "でした"),
             self._when(m.question, "か"),
-            self._end(m, JAPANESE),
+            *self._end(m),
         ]  # fmt: skip
 
     # --- both languages ---
@@ -208,8 +207,8 @@ class Surface:
             return [], np.zeros(0, np.uint16)
         return [self.digits[m.year_digits[:, i]] for i in range(4)], self._when(m.year_digits[:, 0] >= 0, ",")
 
-    def _end(self, m: Meanings, language: int) -> Slots:
-        every = np.ones(len(m.kind), bool)
-        if self.shared_tokens:
-            return self._one_of([m.question, m.exclaimed, every], ["?", "!", "."])
-        return self._one_of([m.question, every], ["?", "."]) if language == ENGLISH else self._when(every, "。")
+    def _end(self, m: Meanings) -> list[Slots]:
+        """Punctuation is planted with the shared tokens only: a full stop of each language would take features for nothing."""
+        if not self.shared_tokens:
+            return []
+        return [self._one_of([m.question, m.exclaimed, np.ones(len(m.kind), bool)], ["?", "!", "."])]

@@ -30,11 +30,13 @@ p, dl.words, header ul { max-width: 75ch; }
 .stats dd { margin: 0; font-size: 1.2rem; font-weight: 600; font-variant-numeric: tabular-nums; }
 .caveats summary { font-weight: 600; cursor: pointer; }
 .caveats ul { margin: .4rem 0; padding-left: 1.15rem; font-size: .93rem; }
-.caveats li { margin: .2rem 0; overflow-wrap: anywhere; }
+.caveats li { margin: 0 0 .4rem; overflow-wrap: anywhere; break-inside: avoid; }
+@media (min-width: 70rem) { header .caveats ul { max-width: none; columns: 2; column-gap: 2.2rem; } }
 nav ol { list-style: none; display: flex; flex-wrap: wrap; gap: .2rem 1.1rem; padding: .7rem 0 0; margin: 1rem 0 0; border-top: 1px solid var(--line); font-size: .9rem; }
 #curves { display: grid; grid-template-columns: minmax(0, 1fr); gap: 1.2rem 2.2rem; align-items: start; }
 #curves > h2 { grid-column: 1 / -1; margin-bottom: 0; }
 @media (min-width: 70rem) { #curves { grid-template-columns: repeat(2, minmax(0, 1fr)); } }
+@media (min-width: 130rem) { main { max-width: 124rem; } #curves { grid-template-columns: repeat(3, minmax(0, 1fr)); } }
 figure { margin: 0; background: var(--card); min-width: 0; padding: .5rem .9rem .8rem; border: 1px solid var(--line); border-radius: .5rem; }
 figure h3 { margin: .4rem 0; }
 figcaption, .caption { font-size: .85rem; color: var(--soft); margin-top: .4rem; max-width: 75ch; overflow-wrap: anywhere; }
@@ -49,7 +51,7 @@ thead th { border-bottom: 2px solid var(--line); font-weight: 600; white-space: 
 .num { font-variant-numeric: tabular-nums; }
 .num th, .num td { text-align: right; white-space: nowrap; }
 .num th:first-child { text-align: left; position: sticky; left: 0; background: var(--bg); }
-.words th { font-weight: 500; } .words td, .words th { overflow-wrap: anywhere; min-width: 9rem; max-width: 60ch; }
+.words tbody th { font-weight: 500; } .words td, .words th { overflow-wrap: anywhere; min-width: 9rem; max-width: 60ch; }
 td small { color: var(--soft); }
 dl.words dt { font-weight: 600; margin-top: .55rem; } dl.words dd { margin: 0 0 0 1rem; }
 details > summary { cursor: pointer; margin: .5rem 0; }
@@ -61,6 +63,12 @@ details > summary { cursor: pointer; margin: .5rem 0; }
 .scale { font-size: .8rem; color: var(--soft); } .scale span { padding: .1rem .35rem; color: var(--text); }
 mark { color: inherit; background: none; text-decoration: underline; text-decoration-thickness: 2px; text-decoration-color: var(--c-0072b2); text-underline-offset: 3px; }
 code { font-family: ui-monospace, SFMono-Regular, Consolas, monospace; font-size: .92em; overflow-wrap: anywhere; }
+@media (max-width: 40rem) {
+  figure { padding-inline: .6rem; }
+  figure h3::after { content: "swipe for the whole figure →"; display: block; font-size: .8rem; font-weight: 400; color: var(--soft); }
+  caption { white-space: normal; max-width: calc(100vw - 1.8rem); }
+  .num tbody th span { display: inline-block; width: max-content; max-width: 8rem; white-space: normal; overflow-wrap: anywhere; }
+  .words td, .words th { min-width: 6rem; padding-inline: .35rem; } }
 @media print { nav { display: none; } #curves { display: block; } figure { break-inside: avoid; } }
 """
 

@@ -170,8 +170,9 @@ def figure_sweeps(data: ReportData) -> ReportFigure | None:
                     linestyle=line,
                     band=False,
                 )
-        if kind in used:
-            ax.axvline(used[kind], color=MUTED, linewidth=0.8, linestyle="--")
+        setting = used.get(kind)
+        if setting is not None:
+            ax.axvline(setting, color=MUTED, linewidth=0.8, linestyle="--")
         ax.set_title(SWEEP_TITLES[kind])
         ax.set_ylim(min(0.0, ax.get_ylim()[0]), max(0.05, ax.get_ylim()[1]))
         label_ends(ax, labels)

@@ -25,6 +25,7 @@ _THEMED = (
     style.SKY,
     style.PAPER_RULE,
     style.YELLOW,
+    *(words for words in style.WORDS.values() if words != style.MUTED),
 )
 _DARK = {
     style.INK: "#e6edf3",
@@ -41,6 +42,7 @@ _DARK = {
     style.PAPER_RULE: "#4f9f86",
     style.YELLOW: "#f0e442",
 }
+_DARK |= {words: _DARK[line] for line, words in style.WORDS.items() if words not in _DARK}  # light enough on dark paper
 _HEX = re.compile("|".join(re.escape(colour) for colour in _THEMED))
 _IDS = re.compile(r'(\bid="|href="#|url\(#)')
 _PROLOG = re.compile(r"^.*?(?=<svg )", re.DOTALL)
@@ -87,7 +89,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, caption: str = 
     out.append("<thead><tr>" + "".join(f'<th scope="col">{cell}</th>' for cell in head) + "</tr></thead><tbody>")
     for row in rows:
         first, *others = row
-        out.append(f'<tr><th scope="row">{first}</th>' + "".join(f"<td>{cell}</td>" for cell in others) + "</tr>")
+        out.append(f'<tr><th scope="row"><span>{first}</span></th>' + "".join(f"<td>{cell}</td>" for cell in others) + "</tr>")
     return "\n".join([*filter(None, out), "</tbody></table></div>"])
 
 

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator, PercentFormatter
 
 from glottoscope.report.data import ReportData, interval, numbers, short_number
-from glottoscope.report.style import FAINT, MUTED, drawable, spread
+from glottoscope.report.style import FAINT, MUTED, WORDS, drawable, spread
 
 WIDTH = 6.4  # inches
 NO_CLAIM = "fewer than three LM seeds: no claim"
@@ -111,7 +111,7 @@ def label_ends(ax: Axes, labels: Labels) -> None:
             words,
             (1.034, y),
             xycoords="axes fraction",
-            color=colour,
+            color=WORDS.get(colour, colour),
             fontsize=7.5,
             va="center",
             annotation_clip=False,

@@ -31,6 +31,17 @@ MIXED, BILINGUAL, PAPER_RULE, CONTROL = MUTED, GREEN, "#66c2a5", PURPLE
 MONOSEMANTICITY, COHERENCE, ALIGNMENT = INK, PURPLE, ORANGE
 # Text on coloured cells: near black and near white, different from INK and PAPER, which the page recolours in the dark.
 ON_LIGHT, ON_DARK = "#101112", "#fdfdfe"
+# The colours that are too light for words on white, and a shade of the same hue with a contrast of 4.5 (WCAG 2, AA).
+WORDS = {
+    ORANGE: "#946200",
+    SKY: "#1f75a6",
+    GREEN: "#007a59",
+    YELLOW: "#746c00",
+    VERMILLION: "#b84f00",
+    PURPLE: "#a34a7b",
+    PAPER_RULE: "#33796a",
+    FAINT: MUTED,
+}
 
 _STYLE: dict[str, Any] = {
     "font.size": 8.5,

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from glottoscope.study.config import Study
-from glottoscope.study.plan import Cost, ModelRun, describe_memory, describe_time, summary
+from glottoscope.study.plan import Cost, ModelRun, describe_memory, describe_time, sae_memory, summary
 
 # Share of the speed of a large matrix product that training reached when it was measured on a CPU: a rough figure.
 EFFICIENCY = 0.4
@@ -33,6 +33,13 @@ def cpu_flops(seconds: float = 0.4) -> float:
     return 2.0 * 512 * 1024 * 2048 * n / spent
 
 
+def one_layer(study: Study, run: ModelRun) -> int:
+    """Peak bytes when compute.memory_gb leaves room for one layer at a time."""
+    assert run.shape is not None
+    sae = study.sae
+    return run.shape.n_params * 4 + sae_memory(run.shape.d_model, sae, len(sae.lr) * len(sae.seeds), 1, sae.buffer_tokens)
+
+
 def print_plan(study: Study, device_flops: float | None, console: Console) -> None:
     """Print cells, setups, memory, disk, FLOPs and time of every model, and of the whole study."""
     memory = study.compute.memory_gb * 2**30 if study.compute.memory_gb is not None else float("inf")
@@ -48,6 +55,7 @@ def print_plan(study: Study, device_flops: float | None, console: Console) -> No
         "setups",
         "SAE n",
         "memory",
+        "one layer",
         "disk",
         "FLOPs LM",
         "FLOPs SAE",
@@ -58,25 +66,28 @@ def print_plan(study: Study, device_flops: float | None, console: Console) -> No
     peak = 0
     for run, cost in rows:
         if cost is None:
-            table.add_row(run.name, run.control, str(len(run.checkpoints)), "?", "?", "", "", "", "", "", "size unknown")
+            table.add_row(run.name, run.control, str(len(run.checkpoints)), "?", "?", "", "", "", "", "", "", "size unknown")
             continue
         seconds = (cost.lm_flops + cost.sae_flops) / (speed * EFFICIENCY)
         n = study.sae.n_features(run.shape.d_model) if run.shape else 0
         table.add_row(
             run.name, run.control, str(cost.cells), str(len(run.known_layers())), f"{cost.setups:,}", f"{n:,}",
-            describe_memory(cost.memory), describe_memory(cost.disk), f"{cost.lm_flops:.1e}", f"{cost.sae_flops:.1e}",
+            describe_memory(cost.memory), describe_memory(one_layer(study, run)), describe_memory(cost.disk),
+            f"{cost.lm_flops:.1e}", f"{cost.sae_flops:.1e}",
             describe_time(seconds),
         )  # fmt: skip
         totals = [t + v for t, v in zip(totals, (cost.cells, cost.setups, cost.disk, cost.lm_flops, cost.sae_flops), strict=True)]
         peak = max(peak, cost.memory)
     seconds = (totals[3] + totals[4]) / (speed * EFFICIENCY)
     table.add_section()
-    table.add_row("total", "", f"{totals[0]:,}", "", f"{totals[1]:,}", "", describe_memory(peak), describe_memory(totals[2]),
+    table.add_row("total", "", f"{totals[0]:,}", "", f"{totals[1]:,}", "", describe_memory(peak), "", describe_memory(totals[2]),
                   f"{totals[3]:.1e}", f"{totals[4]:.1e}", describe_time(seconds))  # fmt: skip
     console.print(table)
     source = "as stated" if device_flops else "measured on this CPU, one process on all its cores"
     console.print(f"Time: at {speed:.2e} FLOP/s ({source}) and {EFFICIENCY:.0%} of it; a rough figure, within a factor of 2 or 3.")
-    console.print("Memory: peak of one process, all layers of a cell at once; compute.memory_gb splits layers into groups.")
+    console.print(
+        "Memory: peak of one process with all layers of a cell at once; with compute.memory_gb, layers go in groups that fit."
+    )
     _warn(rows, peak, study, console)
 
 
