@@ -13,7 +13,7 @@ help:
 	@echo "make demo       run the embedded study and print where the report is (about 2 minutes on 2 cores)"
 	@echo "make demo-full  the same with three sizes and the negative control (about 10 minutes)"
 	@echo "make test       run the tests"
-	@echo "make test-browser  open the report in the system's Chromium and look at it there"
+	@echo "make test-browser  look at a report in the system's Chromium (playwright drives it; no browser is downloaded)"
 	@echo "make lint       ruff and pyright"
 	@echo "make docs       write docs/configuration.md and docs/tables.md from the code"
 
@@ -49,7 +49,7 @@ demo-full: setup
 	@$(BIN)/glottoscope demo --full
 
 test: setup-dev
-	$(BIN)/python -m pytest tests --ignore=tests/browser
+	$(BIN)/python -m pytest tests
 
 # The report opens in a browser without one being needed to make it; a browser of the system is driven here.
 test-browser: find-browser $(VENV)/.installed-browser

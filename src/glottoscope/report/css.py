@@ -67,7 +67,7 @@ code { font-family: ui-monospace, SFMono-Regular, Consolas, monospace; font-size
   figure { padding-inline: .6rem; }
   figure h3::after { content: "swipe for the whole figure →"; display: block; font-size: .8rem; font-weight: 400; color: var(--soft); }
   caption { white-space: normal; max-width: calc(100vw - 1.8rem); }
-  .num tbody th span { display: inline-block; width: max-content; max-width: 8rem; white-space: normal; overflow-wrap: anywhere; }
+  .num tbody th span { display: block; width: max-content; max-width: 8rem; white-space: normal; overflow-wrap: anywhere; }
   .words td, .words th { min-width: 6rem; padding-inline: .35rem; } }
 @media print { nav { display: none; } #curves { display: block; } figure { break-inside: avoid; } }
 """

@@ -401,6 +401,14 @@ class Study(Part):
                 raise ValueError(f"layer {beyond[0]} is beyond model {model.name}, which has {limit}: use 0..{limit}")
         return self
 
+    @model_validator(mode="after")
+    def _report_layer(self) -> Study:
+        wanted = self.report.layer
+        chosen = [m.layers or self.layers for m in self.models]
+        if isinstance(wanted, int) and all(not isinstance(x, str) and wanted not in x for x in chosen):
+            raise ValueError(f"report.layer = {wanted} is not among the studied layers: choose one of them, or 'middle'")
+        return self
+
     @property
     def languages(self) -> tuple[str, ...]:
         """Language codes in the order of every table."""

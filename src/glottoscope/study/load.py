@@ -56,11 +56,17 @@ def parse_study(text: str, *, name: str, folder: Path, overrides: Sequence[str] 
         raw = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise InputError(f"{name}: not TOML: {error}") from None
-    _resolve_paths(raw, folder)
-    given = set(map(str, overrides))
-    for override in overrides:
+    # A root given on the command line decides where the file's own relative paths start, so it comes first.
+    roots = [x for x in overrides if x.partition("=")[0].strip() == "corpus.root"]
+    for override in roots:
         _set(raw, override)
-    if given:
+    if roots and isinstance(raw["corpus"]["root"], str):
+        raw["corpus"]["root"] = str(Path(raw["corpus"]["root"]).expanduser().resolve())
+    _resolve_paths(raw, folder)
+    for override in overrides:
+        if override not in roots:
+            _set(raw, override)
+    if overrides:
         _resolve_paths(raw, Path.cwd())
     schema = raw.get("schema", 1)
     if isinstance(schema, int) and schema > 1:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from glottoscope.corpus.tokens import TokenBlocks
 
 # Raised when a stage's code changes what it writes: artefacts of older code are then made again.
+WORLD_VERSION = 1  # of the planted world: its grammar, words and draws
 VERSIONS = {"tokenizer": 1, "pretrain": 1, "tokens": 1, "train": 1, "features": 1, "rulers": 1, "score": 1, "report": 1}
 
 
@@ -201,7 +202,7 @@ class Context:
     def tokenizer_key(self) -> str:
         corpus = self.study.corpus
         if isinstance(corpus, PlantedCorpus):
-            return digest("tokenizer", VERSIONS["tokenizer"], "planted", corpus.shared_tokens)
+            return digest("tokenizer", VERSIONS["tokenizer"], "planted", WORLD_VERSION, corpus.shared_tokens)
         if corpus.tokenizer_training is not None:
             return digest(
                 "tokenizer", VERSIONS["tokenizer"], self.source_hashes, corpus.split, corpus.split_seed,
@@ -232,7 +233,7 @@ class Context:
         """Key of what a model trained here reads."""
         corpus = self.study.corpus
         if isinstance(corpus, PlantedCorpus):
-            return digest(corpus.seed, corpus.context_length, corpus.shared_tokens)
+            return digest(WORLD_VERSION, corpus.seed, corpus.context_length, corpus.shared_tokens)
         aligned = corpus.aligned.train if corpus.aligned else None
         sources = [(s.model_dump(), self.source_hashes[s.path]) for s in corpus.sources]
         return digest(
@@ -284,7 +285,7 @@ class Context:
             mode="json",
             include={
                 "rule", "threshold", "neutral_ratio", "neutral_min_count", "top_examples", "example_window",
-                "example_features", "phi_firing", "lm_loss_tokens", "cluster_tokens",
+                "example_features", "phi_firing", "lm_loss_tokens",
             },
         )  # fmt: skip
         return digest("features", VERSIONS["features"], self.train_key(cell, layer, seed), features)
