@@ -225,9 +225,9 @@ class PlantedWorld:
         count = np.zeros(len(self.vocabulary), np.int64)
         for concept in lx.CONCEPTS:
             english = [id_of[w] for w in dict.fromkeys(concept.english)]
-            japanese = [id_of[w] for w in concept.japanese]
-            table[english, 0], count[english] = japanese[0], 1
-            table[np.ix_(japanese, range(len(english)))], count[japanese] = english, len(english)
+            japanese = id_of[concept.japanese]
+            table[english, 0], count[english] = japanese, 1
+            table[japanese, : len(english)], count[japanese] = english, len(english)
         return table, count
 
     def _pack(self, slots: Slots) -> NDArray[np.uint32]:

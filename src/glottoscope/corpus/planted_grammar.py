@@ -25,14 +25,14 @@ _ANY_TOPIC = len(lx.TOPICS)
 # Kinds of sentence: "the dog sleeps", "the dog eats a fish", "the dog is big", "the dog is in the house",
 # "there are two dogs in the house", "the woman is a doctor".
 ACTIVITY, ACTION, QUALITY, PLACE, EXISTENCE, PERSON = range(6)
-_WEIGHT = (0.2, 0.62, 0.05, 0.05, 0.03, 0.05)
+_WEIGHT = (0.2, 0.64, 0.05, 0.05, 0.01, 0.05)
 _WORDS = ((4, 5), (6, 7), (5, 5), (7, 7), (8, 10), (6, 5))  # (English, Japanese) without any extra
 _FLAGS = (
     "adjective", "number", "demonstrative", "object_adjective", "object_number", "possessor",
     "place", "time", "negative", "question", "connective", "very", "year", "name",
 )  # fmt: skip
 # Mostly content: with much grammar, so small an SAE spends its features on grammar, which is each language's own.
-_PROBABILITY = (0.4, 0.1, 0.03, 0.4, 0.1, 0.03, 0.4, 0.4, 0.02, 0.02, 0.02, 0.05, 0.25, 0.3)
+_PROBABILITY = (0.4, 0.1, 0.01, 0.4, 0.1, 0.01, 0.4, 0.4, 0.01, 0.01, 0.01, 0.01, 0.25, 0.3)
 _EXTRA_WORDS = (
     (1, 2), (1, 3), (0, 1), (1, 2), (1, 3), (2, 2), (3, 2), (3, 2), (2, 1), (1, 1), (1, 1), (1, 1), (6, 6), (0, 0),
 )  # fmt: skip
@@ -225,7 +225,7 @@ class Semantics:
 
         time = np.where(flag["time"], favoured(lx.TIME), -1)
         tense = np.where(flag["time"], self.forced_tense[time], 0)
-        free = np.where((next(uniform) < 0.05) | flag["year"], 2, 1)
+        free = np.where((next(uniform) < 0.02) | flag["year"], 2, 1)
         tense = np.where(acts, np.where(tense == 0, free, tense), 1)
         quality = np.where(kind == QUALITY, favoured(lx.QUALITY), -1)
         years = np.full((n, 4), -1)

@@ -190,8 +190,8 @@ ENGLISH_FUNCTION = (
     "not", "very", "in", "at", "on", "'s", "and", "but", "so",
 )  # fmt: skip
 JAPANESE_FUNCTION = (
-    "は", "が", "を", "に", "で", "の", "な", "この", "その", "とても", "です", "でした", "います", "あります",
-    "か", "人", "匹", "個", "台", "冊", "枚", "か所", "そして", "しかし", "だから",
+    "は", "が", "を", "に", "で", "の", "な", "この", "その", "とても", "です", "ます", "ました", "ません", "でした",
+    "か", "い", "あり", "人", "匹", "個", "台", "冊", "枚", "か所", "そして", "しかし", "だから",
 )  # fmt: skip
 # Only in a world with shared tokens.
 SHARED_PUNCTUATION = (".", "?", "!", ",")
@@ -203,16 +203,12 @@ SPECIAL = ("<pad>", "<bos>", "<eos>", "<sep>", "<unk>")
 
 
 class Concept(NamedTuple):
-    """One meaning and its words, the base form first.
-
-    `english` is (base,), (singular, plural) or (base, third person, past); `japanese` is (base,) or, for a verb, the
-    polite (present, past, negative).
-    """
+    """One meaning and its words; `english` is (base,), (singular, plural) or (base, third person, past)."""
 
     name: str
     category: int
     english: tuple[str, ...]
-    japanese: tuple[str, ...]
+    japanese: str
     topics: tuple[str, ...]
     mass: bool = False
     counter: str = ""
@@ -235,21 +231,20 @@ def _concepts() -> list[Concept]:
             preposition = rest.pop(0) if category == PLACE else ""
             mass = plural == "-"
             english = (singular,) if mass else (singular, plural)
-            found.append(Concept(singular, category, english, (japanese,), tuple(rest), mass, counter, preposition))
+            found.append(Concept(singular, category, english, japanese, tuple(rest), mass, counter, preposition))
     for category, table in ((ACTION, _ACTIONS), (ACTIVITY, _ACTIVITIES)):
         for base, third, past, japanese, subjects, *rest in _rows(table):
             objects = tuple(rest.pop(0).split(",")) if category == ACTION else ()
             english, can = (base, third, past), subjects == "a"
-            polite = tuple(japanese + ending for ending in ("ます", "ました", "ません"))
-            found.append(Concept(base, category, english, polite, tuple(rest), animals_can=can, objects=objects))
+            found.append(Concept(base, category, english, japanese, tuple(rest), animals_can=can, objects=objects))
     for english, japanese, linker, *topics in _rows(_QUALITIES):
-        found.append(Concept(english, QUALITY, (english,), (japanese,), tuple(topics), linker=linker.strip("-")))
+        found.append(Concept(english, QUALITY, (english,), japanese, tuple(topics), linker=linker.strip("-")))
     for english, japanese, *topics in _rows(_NUMBERS):
-        found.append(Concept(english, NUMBER, (english,), (japanese,), tuple(topics)))
+        found.append(Concept(english, NUMBER, (english,), japanese, tuple(topics)))
     for english, japanese, kind, *topics in _rows(_TIMES):
         noun = kind == "in"
         tense = "any" if noun else kind
-        found.append(Concept(english, TIME, (english,), (japanese,), tuple(topics), tense=tense, time_noun=noun))
+        found.append(Concept(english, TIME, (english,), japanese, tuple(topics), tense=tense, time_noun=noun))
     return found
 
 

@@ -39,7 +39,7 @@ class Surface:
         add(lx.JAPANESE_FUNCTION, JAPANESE)
         for index, concept in enumerate(lx.CONCEPTS):
             add(concept.english, ENGLISH, index)
-            add(concept.japanese, JAPANESE, index)
+            add((concept.japanese,), JAPANESE, index)
         self.vocabulary = list(rows)
         self.id_of = {word: i for i, word in enumerate(self.vocabulary)}
         self.language = np.array([row[0] for row in rows.values()], np.uint8)
@@ -59,10 +59,7 @@ class Surface:
         self.base = column(*(e[0] for e in english))
         self.second_form = column(*(e[1] for e in english))  # plural of a noun, third person of a verb
         self.past = column(*(e[2] for e in english))
-        japanese = [(c.japanese + c.japanese[-1:] * 2)[:3] for c in concepts]
-        self.japanese = column(*(j[0] for j in japanese))
-        self.japanese_past = column(*(j[1] for j in japanese))
-        self.japanese_negative = column(*(j[2] for j in japanese))
+        self.japanese = column(*(c.japanese for c in concepts))
         self.preposition = column(*(c.preposition for c in concepts))
         self.counter = column(*(c.counter for c in concepts))
         self.linker = column(*(c.linker for c in concepts))
@@ -190,8 +187,9 @@ class Surface:
             self.japanese[m.possessor], self._when(owner, "の"),
             *self._japanese_phrase(m.object, m.number_digit), self._when(has_object & ~predicate_noun, "を"),
             self._when(m.very, "とても"), self.japanese[m.quality],
-            np.where(negative, self.japanese_negative[m.verb], np.where(past, self.japanese_past[m.verb], self.japanese[m.verb])),
-            self._one_of([is_there & self.animate[m.subject.noun], is_there, ~acts], ["います", "あります", "です"]),
+            self.japanese[m.verb],
+            self._one_of([is_there & self.animate[m.subject.noun], is_there], ["い", "あり"]),
+            self._one_of([~acts & ~is_there, negative, past, acts | is_there], ["です", "ません", "ました", "ます"]),
             self._when(negative & past, "でした"),
             self._when(m.question, "か"),
             *self._end(m),
