@@ -140,13 +140,18 @@ class Semantics:
 
     @staticmethod
     def _pool(topic: str | None, category: int) -> list[int]:
+        """Concepts of a category that belong to a topic: those that name it first, else second, and so on.
+
+        A topic without, say, drinks of its own has two of them all the same: context predicts every content word.
+        """
         members = [i for i, c in enumerate(lx.CONCEPTS) if c.category == category]
-        on_topic = [i for i in members if topic in lx.CONCEPTS[i].topics]
-        if on_topic or topic is None:
-            return on_topic or members
-        # A topic without, say, drinks of its own has three of them, so that context predicts those too.
-        first = 3 * lx.TOPICS.index(topic)
-        return [members[(first + i) % len(members)] for i in range(3)]
+        if topic is None:
+            return members
+        for rank in range(4):
+            if found := [i for i in members if lx.CONCEPTS[i].topics[rank : rank + 1] == (topic,)]:
+                return found
+        first = 2 * lx.TOPICS.index(topic)
+        return [members[(first + i) % len(members)] for i in range(2)]
 
     def _pick(self, topic: Ints, category: Ints | int, uniform: NDArray[np.float32]) -> Ints:
         """Concepts of `category`, of the topic with `topic_probability`; one uniform number decides both."""

@@ -53,10 +53,10 @@ def alignment(
 
     Returns: nulls for fewer than two pairs; a null interval for a single article.
     """
-    a_PD, b_PD = (_unit(_centre(np.asarray(x, dtype=np.float64))) for x in (mean_states_a, mean_states_b))
-    n = len(a_PD)
+    n = len(np.asarray(mean_states_a))
     if n < 2:
         return Interval(None, None, None)
+    a_PD, b_PD = (_unit(_centre(np.asarray(x, dtype=np.float64))) for x in (mean_states_a, mean_states_b))
     cosine_P = np.einsum("pd,pd->p", a_PD, b_PD)
     group_P = np.arange(n) if article is None else np.unique(np.asarray(article), return_inverse=True)[1]
     n_groups = int(group_P.max()) + 1

@@ -20,7 +20,7 @@ from glottoscope.study.config import STAGES, PlantedCorpus, PretrainModel, Study
 from glottoscope.study.engine import Engine, Failure, Outcome, Unit
 from glottoscope.study.load import corpus_path
 from glottoscope.study.plan import Cell
-from glottoscope.study.stages import collecting, pretraining, reporting, scoring, tokenizing, training
+from glottoscope.study.stages import collecting, pretraining, reporting, rulers, scoring, tables, tokenizing, training
 from glottoscope.study.stages.context import Context
 from glottoscope.study.store import RunStore, digest, file_digest, tree_size
 
@@ -241,8 +241,8 @@ def _ruler_units(context: Context) -> list[Unit]:
     units = []
     for run in {context.ruler_run(r).name: context.ruler_run(r) for r in context.runs}.values():
         units += [
-            Unit(f"{run.name} {name}", scoring.make_rulers, (str(context.store.root), run.name, (name,)))
-            for name in scoring.missing_rulers(context, run)
+            Unit(f"{run.name} {name}", rulers.make_rulers, (str(context.store.root), run.name, (name,)))
+            for name in rulers.missing_rulers(context, run)
         ]
     return units
 
@@ -265,13 +265,13 @@ def _score_units(context: Context) -> list[Unit]:
 
 def _table_units(context: Context) -> list[Unit]:
     store = context.store
-    if store.is_done(store.tables_dir, "tables", scoring.tables_key(context)):
+    if store.is_done(store.tables_dir, "tables", tables.tables_key(context)):
         return []
-    return [Unit("tables", scoring.make_tables, (str(store.root),))]
+    return [Unit("tables", tables.make_tables, (str(store.root),))]
 
 
 def _report_units(context: Context) -> list[Unit]:
-    key = reporting.report_key(context, scoring.tables_key(context))
+    key = reporting.report_key(context, tables.tables_key(context))
     if context.store.is_done(context.store.report_dir, "report", key):
         return []
     return [Unit("report", reporting.make_report, (str(context.store.root), key))]
@@ -356,6 +356,6 @@ def remake_report(root: Path, console: Console) -> Path:
     with store.lock():
         context = Context(store.study(), store)
         store.table("evolution")  # says what to do where the study is not complete
-        key = reporting.report_key(context, scoring.tables_key(context))
+        key = reporting.report_key(context, tables.tables_key(context))
         reporting.make_report(str(store.root), key, lambda *_: console.print("drawing ..."))
     return store.report_dir / "index.html"

@@ -2,132 +2,42 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.csv
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 
-from glottoscope.atomic import atomic_path, write_json, write_table
+from glottoscope.atomic import write_json, write_table
 from glottoscope.features import v1
 from glottoscope.features.bilingual import is_bilingual, supportable
 from glottoscope.features.clustering import (
     Clustering,
-    centre_by_language,
     cluster_tokens,
     cosine_threshold,
-    random_floor,
     row_labels,
-    shuffled_floor,
-    unit_rows,
 )
 from glottoscope.features.coherence import coherence
 from glottoscope.features.collect import Groups, TokenHistogram, group_counts, tokens_of
-from glottoscope.features.evolution import evolution_fields, evolution_row, seeds_band
+from glottoscope.features.evolution import evolution_row
 from glottoscope.features.granularity import join_labels, read_labels
-from glottoscope.features.language import classify, token_language
+from glottoscope.features.language import classify
 from glottoscope.features.monosemanticity import Monosemanticity, monosemanticity
 from glottoscope.features.truth import auc, planted_truth
-from glottoscope.study.plan import Cell, ModelRun, seed_for
-from glottoscope.study.stages.context import KEY_COLUMNS, Context, key_columns, with_key
+from glottoscope.study.plan import Cell, seed_for
+from glottoscope.study.stages.context import Context, key_columns, with_key
+from glottoscope.study.stages.rulers import Ruler, load_ruler
 from glottoscope.study.stages.tokenizing import read_json
-from glottoscope.study.store import digest, read_parquet
+from glottoscope.study.store import read_parquet
 
 PHI_SWEEP = (0.2, 0.3, 0.4, 0.5, 0.6)
 R_SWEEP = (0.3, 0.4, 0.5, 0.6, 0.7)
 LANGUAGE_SWEEP = (0.8, 0.85, 0.9, 0.95)
 THETA_SWEEP = (95.0, 97.5, 99.0, 99.5)  # percentiles of the cosine of pairs of tokens
-CENTRED_STRATA = 10  # of frequency, for the matched null of R
 
 QUALITY = ("fvu", "cosine", "l0")
-
-
-# ---- rulers: the token spaces in which monosemanticity is measured
-
-
-class Ruler(NamedTuple):
-    """A token space, its clusters and its floors."""
-
-    clustering: Clustering
-    shuffled: Clustering
-    random: Clustering
-    weights: NDArray[np.int64]
-
-
-def ruler_names(run: ModelRun) -> list[str]:
-    """Token spaces of a model: the input embeddings and one per studied layer."""
-    return ["embeddings", *(f"hidden_layer_{x:02d}" for x in run.known_layers())]
-
-
-def missing_rulers(context: Context, run: ModelRun) -> list[str]:
-    store = context.store
-    key = context.rulers_key(run)
-    return [n for n in ruler_names(run) if not store.is_done(store.ruler_dir(run.name), f"clusters_{n}", key)]
-
-
-def make_rulers(root: str, model: str, names: tuple[str, ...], report: Any) -> None:
-    """Cluster the tokens of some of a model's spaces."""
-    context = Context.open(root)
-    run = context.run_of(model)
-    folder, key = context.store.ruler_dir(model), context.rulers_key(run)
-    for n, name in enumerate(names):
-        report(n, len(names), name)
-        vectors, weights = _vectors(context, folder, name)
-        features, seed = context.study.features, seed_for(context.study, "ruler", name)
-        theta = features.theta
-        if theta is None:
-            theta = cosine_threshold(unit_rows(vectors), weights, seed=seed, percentile=features.theta_percentile)
-        clustering = cluster_tokens(vectors, weights, seed=seed, theta=theta, max_tokens=features.cluster_tokens)
-        tensors = {"theta": np.array([clustering.theta])}
-        if clustering.labels is not None:
-            tensors["labels"] = clustering.labels
-        with atomic_path(folder / f"clusters_{name}.safetensors") as temporary:
-            import torch
-
-            save_file({k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in tensors.items()}, temporary)
-        facts = {
-            "theta": float(clustering.theta),
-            "n_clusters": clustering.n_clusters,
-            "tokens": int((weights > 0).sum()),
-        }
-        context.store.mark_done(folder, f"clusters_{name}", key, facts, [f"clusters_{name}.safetensors"])
-
-
-def _vectors(context: Context, folder: Path, name: str) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Token vectors [V, D] of a space, hidden states with each language centred, and how often each token occurs."""
-    tensors = load_file(folder / f"{name}.safetensors")
-    vectors, weights = tensors["vectors"].numpy(), tensors["counts"].numpy().copy()
-    weights[list(context.token_info.special_ids)] = 0
-    if name != "embeddings":
-        counts = context.vocabulary.counts
-        language = token_language(counts, counts.sum(axis=0), context.neutral())
-        vectors = centre_by_language(vectors, language, weights > 0)
-    return vectors, weights
-
-
-def load_ruler(context: Context, run: ModelRun, name: str) -> Ruler:
-    """A clustered space with its floors: labels shuffled over tokens of like frequency, and random vectors."""
-    folder = context.store.ruler_dir(run.name)
-    vectors, weights = _vectors(context, folder, name)
-    with safe_open(folder / f"clusters_{name}.safetensors", "numpy") as handle:
-        theta = float(handle.get_tensor("theta")[0])
-        labels = handle.get_tensor("labels") if "labels" in handle.keys() else None  # noqa: SIM118 - not a mapping
-    n_clusters = len(np.unique(labels[weights > 0])) if labels is not None else None
-    clustering = Clustering(unit_rows(vectors), weights > 0, theta, labels, n_clusters)
-    seed = seed_for(context.study, "floors", name)
-    shuffled = shuffled_floor(clustering, weights, seed=seed, n_strata=CENTRED_STRATA)
-    random = random_floor(clustering, weights, seed=seed, max_tokens=context.study.features.cluster_tokens)
-    return Ruler(clustering, shuffled, random, weights)
-
-
-# ---- scores of one cell
 
 
 FILES = ("features.parquet", "row.json")
@@ -379,92 +289,3 @@ def _labelled(table: pa.Table, path: str) -> tuple[pa.Table, int]:
         if "match" in str(error):
             return table, labels.num_rows
         raise
-
-
-# ---- tables of the whole study
-
-
-def tables_key(context: Context) -> str:
-    return digest("tables", [context.score_key(c, x, s) for c in _ordered(context) for x, s in context.setups(c)])
-
-
-def _ordered(context: Context) -> list[Cell]:
-    return [Cell(run, c) for run in context.runs for c in run.checkpoints]
-
-
-def _rows(context: Context) -> Iterator[tuple[dict[str, Any], Path]]:
-    for cell in _ordered(context):
-        for layer, seed in context.setups(cell):
-            folder = context.store.setup_dir(cell.model.name, cell.checkpoint.step, layer, seed)
-            yield read_json(folder / "row.json"), folder
-
-
-def make_tables(root: str, report: Any) -> None:
-    """tables/features, evolution, evolution_seeds and sweeps: one place for all setups, rows in a fixed order."""
-    context = Context.open(root)
-    store, languages = context.store, context.token_info.languages
-    rows, sweeps = [], []
-    writer = None
-    with atomic_path(store.table_path("features")) as temporary:
-        for n, (row, folder) in enumerate(_rows(context)):
-            report(n, 1, f"{n} setups")
-            key = {k: row[k] for k in KEY_COLUMNS}
-            sweeps += [{**key, **dict(zip(("sweep", "value", "measure", "result"), s, strict=True))} for s in row.pop("sweeps")]
-            rows.append(row)
-            table = read_parquet(folder / "features.parquet")
-            writer = writer or pq.ParquetWriter(temporary, table.schema, compression="zstd")
-            writer.write_table(table)
-        if writer is not None:
-            writer.close()
-    evolution = pa.Table.from_pylist(rows, evolution_schema(languages))
-    files = ["features.parquet"]
-    tables = {"evolution": evolution, "sweeps": pa.Table.from_pylist(sweeps, _sweep_schema())}
-    if bands := seeds_band(rows):
-        tables["evolution_seeds"] = pa.Table.from_pylist([_plain(b) for b in bands], _band_schema(bands))
-    for name, table in tables.items():
-        write_table(store.table_path(name), table)
-        files.append(f"{name}.parquet")
-    with atomic_path(store.tables_dir / "evolution.csv") as temporary:
-        pyarrow.csv.write_csv(evolution, temporary)
-    store.mark_done(store.tables_dir, "tables", tables_key(context), {}, [*files, "evolution.csv"])
-
-
-def _plain(row: dict[str, Any]) -> dict[str, Any]:
-    return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()}
-
-
-def _band_schema(bands: list[dict[str, Any]]) -> pa.Schema:
-    """Key columns and counts are what they are; measures are floats, also where every one is null."""
-    known = dict(key_fields())
-    counts = ("n", "n_lm_seeds", "n_sae_seeds")
-    return pa.schema([(k, known.get(k, pa.int64() if k in counts else pa.float64())) for k in bands[0]])
-
-
-def key_fields() -> list[tuple[str, pa.DataType]]:
-    return [(k, pa.string() if k in ("control", "family", "model") else pa.int64()) for k in KEY_COLUMNS]
-
-
-def _sweep_schema() -> pa.Schema:
-    return pa.schema(
-        [
-            *key_fields(),
-            ("sweep", pa.string()),
-            ("value", pa.float64()),
-            ("measure", pa.string()),
-            ("result", pa.float64()),
-        ]
-    )
-
-
-def evolution_schema(languages: tuple[str, ...]) -> pa.Schema:
-    """Columns of tables/evolution.parquet, in order."""
-    floats = ["alignment", "alignment_low", "alignment_high", "alignment_truth", *QUALITY]
-    floats += [f"fvu_{x}" for x in languages] + [f"lm_loss_{x}" for x in languages]
-    floats += ["lm_learning_rate", "sae_learning_rate", "theta", "theta_hidden"]
-    floats += ["monosemanticity_floor_shuffled", "monosemanticity_floor_random"]
-    floats += ["monosemanticity_hidden_floor_shuffled", "coherence_floor_shuffled"]
-    floats += ["truth_auc_phi", "truth_auc_flag", "truth_auc_mixed"]
-    integers = ["n_bilingual_shuffled", "n_bilingual_next", "truth_n_bilingual", "truth_n_alive"]
-    return pa.schema(
-        key_fields() + evolution_fields(languages) + [(x, pa.float64()) for x in floats] + [(x, pa.int64()) for x in integers]
-    )
