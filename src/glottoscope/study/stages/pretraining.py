@@ -146,7 +146,9 @@ def _reading(context: Context, run: ModelRun) -> Reading:
         def batch_at(step: int) -> NDArray[np.uint32]:
             return world.lm_batch(step, spec.batch_size, split_seed=split_seed)
 
-        facts = {"parallel_share": world.parallel_share, "switched_share": world.switched_share}
+        # The world switches monolingual documents only; the report speaks of all.
+        switched = world.switched_share * (1 - world.parallel_share)
+        facts = {"parallel_share": world.parallel_share, "switched_share": switched}
         return Reading(batch_at, evaluation, len(world.vocabulary), world.bos_id, world.pad_id, facts)
     return _reading_text(context, context.study.corpus, run, spec, seed)
 
