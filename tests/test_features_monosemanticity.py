@@ -25,7 +25,7 @@ from glottoscope.features.clustering import (
     unit_rows,
 )
 from glottoscope.features.collect import Groups, group_counts
-from glottoscope.features.monosemanticity import entropies, monosemanticity, pooled
+from glottoscope.features.monosemanticity import entropies, monosemanticity
 
 
 def random_groups(rng: np.random.Generator, n_features: int, n_tokens: int, rows: int) -> Groups:
@@ -69,7 +69,7 @@ def test_entropies_and_r_equal_brute_force(seed: int, rows: int) -> None:
         assert 0 <= mono.r[f] <= 1
 
 
-def test_single_token_features_have_r_one_and_do_not_move_the_pooled_r() -> None:
+def test_single_token_features_have_r_one() -> None:
     # 0: one token; 1: 49 x "the" + 1 x "cat"; 2: two tokens of one cluster; 3: no position
     tokens = Groups(np.array([0, 1, 1, 2, 2]), np.array([7, 1, 2, 3, 4]), np.array([50, 49, 1, 10, 10]))
     mono = monosemanticity(tokens, np.array([7, 1, 2, 3, 3]), 4)
@@ -77,9 +77,6 @@ def test_single_token_features_have_r_one_and_do_not_move_the_pooled_r() -> None
     assert mono.single_token.tolist() == [True, False, False, False]
     assert mono.r[1] == 0.0 and mono.r[2] == 1.0 and np.isnan(mono.r[3])
     h = brute_entropy([49, 1])
-    assert math.isclose(pooled(mono.h_token, mono.h_semantic), 1 - h / (h + math.log(2)))
-    assert math.isclose(pooled(mono.h_token[1:], mono.h_semantic[1:]), pooled(mono.h_token, mono.h_semantic))
-    assert math.isnan(pooled(mono.h_token[:1], mono.h_semantic[:1]))
     np.testing.assert_allclose(mono.effective_tokens[:3], [1, math.exp(h), 2])
     np.testing.assert_allclose(mono.effective_meanings[2], 1)
     assert np.isnan(entropies(tokens, 4)[3])

@@ -1,4 +1,4 @@
-"""Checkpoints: found in numerical order, loaded strictly, broken ones named."""
+"""Checkpoints: loaded strictly, broken ones named."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from glottoscope.lm.checkpoints import (
     Checkpoint,
     choose_device,
     describe,
-    discover,
     fingerprint,
     load_lm,
     load_tokenizer,
@@ -156,34 +155,6 @@ def test_nan_weight(saved: Checkpoint, value: float) -> None:
     change(saved, edit)
     with pytest.raises(InputError, match=r"model\.layers\.2\.self_attn\.q_proj\.weight holds NaN or Inf"):
         load_lm(saved)
-
-
-def test_discovery_sorts_numerically(tmp_path: Path) -> None:
-    for name in ("iter_0000010", "iter_0000100", "iter_0000009", "iter_1000000", "logs"):
-        (tmp_path / name).mkdir()
-    (tmp_path / "step_3").write_text("a file")
-    found = discover(tmp_path, tokens_per_step=2_097_152)
-    assert [c.step for c in found] == [9, 10, 100, 1_000_000]
-    assert found[1] == Checkpoint(str(tmp_path / "iter_0000010"), 10, 20_971_520)
-    assert [c.step for c in discover(tmp_path / "iter_00000*", tokens_per_step=1)] == [9, 10]
-
-
-@pytest.mark.parametrize("name", ["iter_0000012", "step_12", "step12", "checkpoint-12", "pythia-70m-step12", "global_step12"])
-def test_names_that_hold_a_step(name: str, tmp_path: Path) -> None:
-    (tmp_path / name).mkdir()
-    assert [c.step for c in discover(tmp_path, tokens_per_step=1)] == [12]
-
-
-def test_discovery_errors(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"no checkpoints at .*looked for directories named like iter_0000010"):
-        discover(tmp_path / "missing*", tokens_per_step=1)
-    (tmp_path / "iter_10").mkdir()
-    assert discover(tmp_path, tokens_per_step=1, pattern=r"iter_(\d+)")[0].step == 10
-    with pytest.raises(InputError, match="found iter_10"):
-        discover(tmp_path, tokens_per_step=1, pattern=r"epoch(\d+)")
-    (tmp_path / "iter_0010").mkdir()
-    with pytest.raises(InputError, match="step 10 twice"):
-        discover(tmp_path, tokens_per_step=1)
 
 
 def test_fingerprint(saved: Checkpoint) -> None:

@@ -8,8 +8,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
-from hypothesis import strategies as st
 from transformers import LlamaForCausalLM
 
 from glottoscope.errors import InputError, NonFiniteError
@@ -19,7 +17,6 @@ from glottoscope.lm.pretrain import (
     PretrainSettings,
     build_model,
     learning_rate,
-    log_spaced,
     make_optimizer,
     pretrain,
 )
@@ -105,20 +102,6 @@ def test_padding_carries_no_loss() -> None:
     short = next_token_loss(model, tokens[1:2, :6], rotary_tables(model, 6, torch.float32), 0)
     padded = next_token_loss(model, tokens[1:2], rotary_tables(model, 13, torch.float32), 0)
     assert padded.item() == pytest.approx(short.item(), abs=1e-5)
-
-
-def test_log_spaced() -> None:
-    assert log_spaced(1500, 9) == tuple(sorted(set(log_spaced(1500, 9))))
-    assert log_spaced(1000, 5) == (0, 1, 10, 100, 1000)
-    assert log_spaced(10, 1) == (10,)
-    assert log_spaced(3, 50) == (0, 1, 2, 3)
-
-
-@given(st.integers(0, 5000), st.integers(1, 40))
-def test_log_spaced_starts_at_zero_and_ends_at_the_last(steps: int, n: int) -> None:
-    spaced = log_spaced(steps, n)
-    assert spaced[-1] == steps and len(spaced) <= n and list(spaced) == sorted(set(spaced))
-    assert n == 1 or spaced[0] == 0
 
 
 def test_schedule() -> None:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from glottoscope.corpus import switching
-from glottoscope.corpus.switching import Dictionary, mine_dictionary, switch_tokens, word_tokens
+from glottoscope.corpus.switching import Dictionary, mine_dictionary, swap_tokens, word_tokens
 from glottoscope.errors import InputError
 
 KYOTO = Path(__file__).parents[2] / "shared" / "corpora" / "kyoto" / "parallel.train.jsonl"
@@ -99,7 +99,7 @@ def test_word_tokens_are_letters_alone() -> None:
     assert word_tokens(pieces).tolist() == [True] * 5 + [False] * 10
 
 
-DICTIONARY = Dictionary(np.array([2, 3], np.int32), np.array([7, 8], np.int32), np.array([0.5, 0.9]))
+PARTNERS = Dictionary(np.array([2, 3], np.int32), np.array([7, 8], np.int32), np.array([0.5, 0.9])).partners(10)
 
 
 @given(st.lists(st.integers(0, 9), min_size=1), st.integers(0, 2**32))
@@ -107,21 +107,21 @@ def test_switching_with_certainty_is_its_own_inverse(tokens: list[int], seed: in
     original = np.array(tokens, dtype=np.uint32).reshape(1, -1)
     before = original.copy()
     rng = np.random.default_rng(seed)
-    switched = switch_tokens(original, DICTIONARY, 10, 1.0, rng)
+    switched = swap_tokens(original, PARTNERS, 1.0, rng)
     swap = {2: 7, 7: 2, 3: 8, 8: 3}
     assert switched.tolist() == [[swap.get(token, token) for token in tokens]]
     assert switched.dtype == np.uint32
     np.testing.assert_array_equal(original, before)
-    np.testing.assert_array_equal(switch_tokens(switched, DICTIONARY, 10, 1.0, rng), original)
-    np.testing.assert_array_equal(switch_tokens(original, DICTIONARY, 10, 0.0, rng), original)
+    np.testing.assert_array_equal(swap_tokens(switched, PARTNERS, 1.0, rng), original)
+    np.testing.assert_array_equal(swap_tokens(original, PARTNERS, 0.0, rng), original)
 
 
 def test_switching_reaches_its_probability_in_both_directions_and_follows_its_seed() -> None:
     tokens = np.tile(np.array([2, 8, 5]), (20_000, 1))
-    switched = switch_tokens(tokens, DICTIONARY, 10, 0.4, np.random.default_rng(1))
+    switched = swap_tokens(tokens, PARTNERS, 0.4, np.random.default_rng(1))
     share = (switched != tokens).mean(axis=0)
     assert share == pytest.approx([0.4, 0.4, 0], abs=0.015)
-    np.testing.assert_array_equal(switched, switch_tokens(tokens, DICTIONARY, 10, 0.4, np.random.default_rng(1)))
+    np.testing.assert_array_equal(switched, swap_tokens(tokens, PARTNERS, 0.4, np.random.default_rng(1)))
 
 
 def test_bad_input_is_named() -> None:

@@ -13,13 +13,12 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from glottoscope.corpus.readers import AlignedPair, Document
+from glottoscope.corpus.readers import AlignedPair
 from glottoscope.corpus.tokens import (
     PADDING,
     TokenBlocks,
     attention_mask,
     encode_aligned,
-    encode_documents,
     encoder,
     interleave,
     pack,
@@ -212,12 +211,9 @@ def test_aligned_sentences(tmp_path: Path) -> None:
         encode_aligned([], encode, bos_id=BOS, pad_id=PAD, max_length=4)
 
 
-def test_documents_are_encoded_in_batches_without_special_tokens() -> None:
+def test_texts_are_encoded_without_special_tokens_at_any_length() -> None:
     backend = Tokenizer(models.WordLevel({"[UNK]": 0, "a": 1, "b": 2}, unk_token="[UNK]"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]", model_max_length=2)
-    documents = [Document(str(n), "en", "a b " * n) for n in range(7)]
-    expected = [[1, 2] * n for n in range(7)]
-    for batch in (1, 3, 7, 100):
-        assert list(encode_documents(tokenizer, documents, batch, start=5)) == list(enumerate(expected, 5))
+    assert encoder(tokenizer)(["a b " * n for n in range(7)]) == [[1, 2] * n for n in range(7)]
     assert encoder(tokenizer)(["b x", ""]) == [[2, 0], []]

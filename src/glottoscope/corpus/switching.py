@@ -107,20 +107,9 @@ def mine_dictionary(
     )
 
 
-def switch_tokens(
-    tokens: NDArray[Any],
-    dictionary: Dictionary,
-    vocab_size: int,
-    probability: float,
-    rng: np.random.Generator,
-) -> NDArray[Any]:
-    """A copy of `tokens` (any shape) in which each token that the dictionary knows is replaced by its translation,
-    independently with `probability`, in either direction."""
-    return swap_tokens(tokens, dictionary.partners(vocab_size), probability, rng)
-
-
 def swap_tokens(tokens: NDArray[Any], partner_V: NDArray[np.int64], probability: float, rng: np.random.Generator) -> NDArray[Any]:
-    """`switch_tokens` for a caller who keeps the table of `Dictionary.partners`."""
+    """A copy of `tokens` (any shape) in which each token that the dictionary knows is replaced by its translation,
+    independently with `probability`, in either direction; partner_V is `Dictionary.partners`."""
     swap = rng.random(tokens.shape, dtype=np.float32) < probability
     return np.where(swap, partner_V[tokens], tokens).astype(tokens.dtype)
 

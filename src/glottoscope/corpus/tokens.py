@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from glottoscope.atomic import atomic_path, write_json
-from glottoscope.corpus.readers import AlignedPair, Document
+from glottoscope.corpus.readers import AlignedPair
 from glottoscope.errors import InputError
 
 PADDING = 255  # language of a padded position
@@ -65,25 +65,6 @@ def encoder(tokenizer: Any) -> Encode:
         return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
 
     return encode
-
-
-def encode_documents(
-    tokenizer: Any, documents: Iterable[Document], batch: int = 256, *, start: int = 0
-) -> Iterator[tuple[int, list[int]]]:
-    """Token ids of each document, without special tokens, `batch` documents at a time.
-
-    Yields:
-        (index, ids), the index counting from `start`: what `pack` reads.
-    """
-    encode = encoder(tokenizer)
-    index, waiting = start, []
-    for document in documents:
-        waiting.append(document.text)
-        if len(waiting) == batch:
-            yield from enumerate(encode(waiting), index)
-            index, waiting = index + batch, []
-    if waiting:
-        yield from enumerate(encode(waiting), index)
 
 
 def pack(

@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from scipy import sparse
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -23,15 +22,6 @@ class Interval(NamedTuple):
     value: float | None
     low: float | None
     high: float | None
-
-
-def mean_states(states: npt.ArrayLike, sentence: npt.ArrayLike, *, n_sentences: int) -> FloatArray:
-    """Mean state [P, D] of each sentence from its counted positions' states [M, D]; zero for a sentence without any."""
-    states_MD = np.asarray(states, dtype=np.float64)
-    sentence_M = np.asarray(sentence, dtype=np.int64)
-    n_positions = len(sentence_M)
-    member_PM = sparse.csr_matrix((np.ones(n_positions), (sentence_M, np.arange(n_positions))), shape=(n_sentences, n_positions))
-    return (member_PM @ states_MD) / np.maximum(np.bincount(sentence_M, minlength=n_sentences), 1)[:, None]
 
 
 def alignment(

@@ -8,8 +8,7 @@ null keeps each pair's length ("is a long sentence" has phi .71).
 
 Our headline, not the paper's: Inaba et al. (arXiv 2503.06394) have no such measure.
 
-Shapes: M token positions, K active features a position, N features, P aligned pairs, E firings (feature, sentence),
-A articles, R bootstrap draws.
+Shapes: M token positions, K active features a position, N features, P aligned pairs, E firings (feature, sentence).
 """
 
 from __future__ import annotations
@@ -26,7 +25,6 @@ BoolArray = npt.NDArray[np.bool_]
 
 PHI_THRESHOLD = 0.4
 MIN_FIRINGS = 10
-_FEATURE_CHUNK = 2048  # features per block of the article bootstrap: [2048, R] floats at a time
 
 
 class SentenceFirings(NamedTuple):
@@ -164,24 +162,8 @@ def _move_along_circles(firings: SentenceFirings, order: IntArray, group_P: npt.
     return firings._replace(sentence=target_P[firings.sentence])
 
 
-def phi_null(
-    firings_a: SentenceFirings,
-    firings_b: SentenceFirings,
-    strata: npt.NDArray[np.int64],
-    *,
-    n_permutations: int = 20,
-    seed: int,
-) -> FloatArray:
-    """Mean phi [N] over `n_permutations` shufflings (`permute_sentences`) within strata; they depend on `seed` only."""
-    rng = np.random.default_rng(seed)
-    total = np.zeros(firings_a.n_features)
-    for _ in range(n_permutations):
-        total += phi(firings_a, permute_sentences(firings_b, rng, strata)).phi
-    return total / n_permutations
-
-
 def phi_null_exact(firings_a: SentenceFirings, firings_b: SentenceFirings, strata: npt.NDArray[np.int64]) -> FloatArray:
-    """What `phi_null` tends to with more permutations, [N]: no draws, no seed, and faster. The one to use.
+    """Expected phi [N] of pairs shuffled within strata: what the mean over `permute_sentences` tends to, without draws.
 
     Phi is linear in n_11 when the margins are fixed. Pairing the P_s sentences of a stratum at random, true pairs left
     out, gives E[n_11] = sum_s (n_a,s n_b,s - n_11,s) / (P_s - 1).
@@ -246,37 +228,3 @@ def is_bilingual(
     with np.errstate(invalid="ignore"):
         consistent = np.asarray(phi, dtype=np.float64) - np.asarray(phi_null, dtype=np.float64) >= threshold
     return (np.asarray(language) == "mixed") & consistent & supportable(n_a, n_b, min_firings)
-
-
-def phi_interval(
-    firings_a: SentenceFirings,
-    firings_b: SentenceFirings,
-    article: npt.ArrayLike,
-    *,
-    n_boot: int = 1000,
-    level: float = 0.95,
-    seed: int,
-) -> tuple[FloatArray, FloatArray]:
-    """Percentile interval (low [N], high [N]) of phi over `n_boot` resamplings of whole articles.
-
-    Articles, because the sentences of one depend on each other.
-
-    NaN where phi is undefined in the data; draws in which it is undefined are left out.
-    """
-    article_P = np.unique(np.asarray(article), return_inverse=True)[1]
-    n_articles = int(article_P.max()) + 1
-    weights_AR = np.random.default_rng(seed).multinomial(n_articles, np.full(n_articles, 1 / n_articles), n_boot).T
-    weights_AR = weights_AR.astype(np.float64)
-    parts = (_both(firings_a, firings_b), firings_a, firings_b)
-    both_NA, a_NA, b_NA = (_group_counts(part, article_P, n_articles) for part in parts)
-    total_R = np.bincount(article_P) @ weights_AR
-    low, high = (np.full(firings_a.n_features, np.nan) for _ in range(2))
-    defined = np.flatnonzero(np.isfinite(phi(firings_a, firings_b).phi))
-    tail = 100 * (1 - level) / 2
-    for start in range(0, len(defined), _FEATURE_CHUNK):
-        rows = defined[start : start + _FEATURE_CHUNK]
-        draws_NR = _phi_from_counts(both_NA[rows] @ weights_AR, a_NA[rows] @ weights_AR, b_NA[rows] @ weights_AR, total_R)
-        # A draw can leave a feature without a firing; a feature of one single article may lose all of them.
-        some = np.isfinite(draws_NR).any(axis=1)
-        low[rows[some]], high[rows[some]] = np.nanpercentile(draws_NR[some], [tail, 100 - tail], axis=1)
-    return low, high

@@ -202,11 +202,3 @@ def script_language(text: str, mapping: Mapping[str, int]) -> int:
     if not languages:
         return NEUTRAL
     return max(languages, key=languages.count)  # max keeps the first of equals
-
-
-def script_table(texts: Sequence[str], mapping: Mapping[str, int]) -> Array:
-    """uint8 [len(texts)]: `script_language` of every text (a token's own text, or the distinct spans of a corpus).
-
-    A token that is only a part of a character has no script by itself: the caller looks up its merged span instead.
-    """
-    return np.fromiter((script_language(text, mapping) for text in texts), np.uint8, len(texts))

@@ -69,12 +69,3 @@ def monosemanticity(tokens: Groups, labels: Array, n_features: int) -> Monoseman
     ratio = np.divide(h_semantic, h_token, out=np.zeros(n_features), where=h_token > 0)
     r = np.where(np.isnan(h_token), np.nan, 1 - ratio)
     return Monosemanticity(h_token, h_semantic, r, single)
-
-
-def pooled(h_token: Array, h_semantic: Array) -> float:
-    """R = 1 - sum H_semantic / sum H_token over the features given; nan where every one of them has a single token.
-
-    Single-token features add nothing to either sum, and a feature of H_token near 0 weighs next to nothing.
-    """
-    total = np.nansum(h_token)
-    return float(1 - np.nansum(h_semantic) / total) if total > 0 else float("nan")

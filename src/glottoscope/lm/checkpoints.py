@@ -1,4 +1,4 @@
-"""Language-model checkpoints: finding them, loading them with everything checked, and naming what they are.
+"""Language-model checkpoints: loading them with everything checked, and naming what they are.
 
 A checkpoint is any Hugging Face causal LM: a local directory, or a hub id with a revision. Loading is strict, because
 a silently re-initialised layer looks like a finding: whatever the files do not say about the weights is an error here.
@@ -7,7 +7,6 @@ a silently re-initialised layer looks like a finding: whatever the files do not 
 from __future__ import annotations
 
 import contextlib
-import glob
 import hashlib
 import json
 import os
@@ -34,7 +33,6 @@ from transformers.utils import logging as hf_logging
 from glottoscope.errors import InputError
 from glottoscope.lm.layers import n_layers
 
-STEP_PATTERN = r"(?:^|[^a-zA-Z0-9])(?:iter|step|checkpoint|global_step)[_-]?(\d+)$"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
@@ -74,38 +72,6 @@ class ModelShape:
     d_model: int
     vocab_size: int
     n_params: int  # tied weights counted once
-
-
-def discover(glob_or_dir: str | Path, *, tokens_per_step: int, pattern: str = STEP_PATTERN) -> list[Checkpoint]:
-    """Checkpoints below a directory, or matched by a glob, sorted by step as a number.
-
-    Args:
-        glob_or_dir: a directory whose children are checkpoints, or a glob over them.
-        tokens_per_step: tokens_seen = step * tokens_per_step.
-        pattern: regular expression searched in the directory's name, its first group the step; the default reads
-            iter_0000010, step_10, step10, checkpoint-10, my-model-step10.
-
-    Raises:
-        InputError: nothing matches, or two directories have the same step.
-    """
-    text = str(Path(glob_or_dir).expanduser())
-    paths = sorted(Path(text).iterdir()) if Path(text).is_dir() else [Path(p) for p in sorted(glob.glob(text))]
-    by_step: dict[int, Path] = {}
-    for path in paths:
-        match = re.search(pattern, path.name)
-        if match is None or not path.is_dir():
-            continue
-        step = int(match.group(1))
-        if step in by_step:
-            raise InputError(f"step {step} twice: {by_step[step]} and {path}; narrow the glob {glob_or_dir}")
-        by_step[step] = path
-    if not by_step:
-        seen = ", ".join(path.name for path in paths[:5]) or "nothing"
-        raise InputError(
-            f"no checkpoints at {glob_or_dir}: looked for directories named like iter_0000010, step_10 or checkpoint-10"
-            f" (pattern {pattern!r}), found {seen}"
-        )
-    return [Checkpoint(str(by_step[step]), step, step * tokens_per_step) for step in sorted(by_step)]
 
 
 def load_lm(

@@ -57,5 +57,5 @@ def lm_loss(
             logits_CV = head(hidden_MD[i : i + n_rows]).float()
             nll_M[i : i + n_rows] = F.cross_entropy(logits_CV, target_M[i : i + n_rows], reduction="none")
     language = language_M.cpu().numpy()
-    nll_sum = np.bincount(language, weights=nll_M.double().cpu().numpy(), minlength=n_languages)
+    nll_sum = np.bincount(language, weights=nll_M.cpu().double().numpy(), minlength=n_languages)
     return nll_sum, np.bincount(language, minlength=n_languages).astype(np.int64)

@@ -89,17 +89,6 @@ class PretrainSettings:
         return tuple(sorted(set(self.checkpoint_steps))) or tuple(sorted({0, self.steps}))
 
 
-def log_spaced(steps: int, n: int) -> tuple[int, ...]:
-    """At most `n` distinct steps: 0, then 1 to `steps` evenly spaced in log step (n = 2: 0 and `steps`; n = 1:
-    `steps`).
-
-    Rounding to whole steps merges some of the early ones when n is large for `steps`, so fewer may come back.
-    """
-    if n == 1 or steps == 0:
-        return (steps,)
-    return tuple(sorted({0, *(round(float(step)) for step in np.geomspace(steps, 1, n - 1))}))
-
-
 def learning_rate(settings: PretrainSettings, update: int) -> float:
     """Learning rate of update `update` (0-based): linear warm-up, then a cosine to `min_lr_ratio` at the last
     update."""

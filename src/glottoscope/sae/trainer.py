@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -144,21 +143,3 @@ class SAETrainer:
         self._optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
         self.sae.b_dec_initialised = state["b_dec_initialised"]
         self.steps = state["steps"]
-
-
-@torch.no_grad()
-def evaluate(sae: TopKSAE, batches: Iterable[Tensor]) -> float:
-    """Validation loss: mean over all rows of raw batches x [B, d] of ||u - u_hat||^2 (every row counts once).
-
-    Raises:
-        InputError: the batches hold no row.
-    """
-    total, n_rows = 0.0, 0
-    for x_BD in batches:
-        u_BD = sae.normalize(x_BD)
-        residual_BD = u_BD - sae.decode(*sae.encode(x_BD))
-        total += residual_BD.square().sum(1).to("cpu", torch.float64).sum().item()
-        n_rows += len(x_BD)
-    if n_rows == 0:
-        raise InputError("no validation positions to evaluate the SAE on: add text to the validation split")
-    return total / n_rows

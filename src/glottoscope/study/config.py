@@ -244,6 +244,8 @@ class CheckpointModel(Part):
     def _where(self) -> CheckpointModel:
         if not (self.checkpoints or self.glob or (self.pattern and self.steps)):
             raise ValueError("give checkpoints, or glob, or pattern with steps")
+        if self.glob is not None and self.hub_id is not None:
+            raise ValueError("glob looks through a folder and hub_id names a hub: give pattern with steps instead of glob")
         if self.root is None and self.hub_id is None and not all(c.path for c in self.checkpoints):
             raise ValueError("give root (a folder) or hub_id")
         if self.tokens_per_step is None and any(c.tokens_seen is None for c in self.checkpoints):

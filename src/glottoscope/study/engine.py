@@ -63,7 +63,7 @@ class Outcome:
 _messages: Any = None
 
 
-def _start_worker(messages: Any, threads: int) -> None:
+def _start_worker(messages: Any, threads: int, fast_matmul: bool) -> None:
     global _messages
     _messages = messages
     # The driver answers Ctrl-C and stops its workers; were they to answer too, half of them would print tracebacks.
@@ -77,10 +77,10 @@ def _start_worker(messages: Any, threads: int) -> None:
         os._exit(1)
 
     threading.Thread(target=follow_parent, daemon=True).start()
-    _prepare_process(threads)
+    _prepare_process(threads, fast_matmul)
 
 
-def _prepare_process(threads: int) -> None:
+def _prepare_process(threads: int, fast_matmul: bool) -> None:
     import torch
     from transformers.utils import logging
 
@@ -88,8 +88,10 @@ def _prepare_process(threads: int) -> None:
 
     logging.disable_progress_bar()  # one view of the progress, ours
     torch.set_num_threads(threads)
-    # Chosen only where a measurement shows that it is true float32 here; `status` says which is in use.
-    enable_fast_matmul()
+    # Chosen only where a measurement shows that it is true float32 here; `status` says which is in use. Never beside an
+    # accelerator: the switch is process-wide, and there it would mean TF32.
+    if fast_matmul:
+        enable_fast_matmul()
 
 
 def _send(unit: str, done: float, total: float, words: str) -> None:
@@ -123,9 +125,12 @@ class Engine:
     Use as a context manager: the processes live for the whole run and are stopped on any exit.
     """
 
-    def __init__(self, workers: int, threads: int, log: Path | None = None, console: Console | None = None) -> None:
+    def __init__(
+        self, workers: int, threads: int, log: Path | None = None, console: Console | None = None, *, fast_matmul: bool = True
+    ) -> None:
         self.workers = max(1, workers)
         self.threads = threads
+        self.fast_matmul = fast_matmul
         self.console = console or Console(stderr=True)
         self._log = log
         self._pool: ProcessPoolExecutor | None = None
@@ -150,7 +155,7 @@ class Engine:
         if self._pool is None:
             context = multiprocessing.get_context("spawn")
             self._queue = context.Queue()
-            self._pool = ProcessPoolExecutor(self.workers, context, _start_worker, (self._queue, self.threads))
+            self._pool = ProcessPoolExecutor(self.workers, context, _start_worker, (self._queue, self.threads, self.fast_matmul))
         return self._pool
 
     def run(self, stage: str, units: Sequence[Unit]) -> Outcome:
@@ -177,7 +182,7 @@ class Engine:
         return outcome
 
     def _run_here(self, units: Sequence[Unit], view: _View, outcome: Outcome) -> None:
-        _prepare_process(self.threads)
+        _prepare_process(self.threads, self.fast_matmul)
         for unit in units:
             failure = _guard(unit, view.update)
             self._finish(unit, failure, view, outcome)

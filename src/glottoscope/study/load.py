@@ -90,7 +90,7 @@ def _resolve_paths(raw: dict[str, Any], folder: Path) -> None:
     """Make the paths of a raw study absolute, in place; what is absolute already stays."""
 
     def absolute(value: Any, base: Path) -> Any:
-        return str((base / value).resolve()) if isinstance(value, str) else value
+        return str((base / Path(value).expanduser()).resolve()) if isinstance(value, str) else value
 
     corpus = raw.get("corpus")
     if isinstance(corpus, dict) and corpus.get("kind") == "text":

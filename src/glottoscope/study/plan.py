@@ -191,19 +191,33 @@ def _checkpoint_refs(spec: CheckpointModel) -> list[CheckpointRef]:
     if spec.pattern and spec.steps:
         return [located(s, spec.pattern.format(step=s), None, None, None) for s in spec.steps]
     base = Path(spec.root or ".")
-    found = {step_of(p.name): p for p in sorted(base.glob(spec.glob or "*")) if p.is_dir() and step_of(p.name) is not None}
+    found: dict[int, Path] = {}
+    for folder in sorted(p for p in base.glob(spec.glob or "*") if p.is_dir()):
+        step = step_of(folder.name)
+        if step is None:
+            continue
+        if step in found:
+            raise InputError(
+                f"model {spec.name}: {found[step]} and {folder} are both step {step}: narrow glob, or give checkpoints"
+            )
+        found[step] = folder
     if not found:
-        raise InputError(f"model {spec.name}: no folder with a step number in its name matches {base / (spec.glob or '*')}")
-    steps = spec.steps or tuple(sorted(s for s in found if s is not None))
+        raise InputError(
+            f"model {spec.name}: no folder named like iter_0000010, step_10 or checkpoint-10 matches {base / (spec.glob or '*')}"
+        )
+    steps = spec.steps or tuple(sorted(found))
     if missing := [s for s in steps if s not in found]:
         raise InputError(f"model {spec.name}: no checkpoint of step {missing[0]} below {base}")
     return [located(s, str(found[s].relative_to(base)), None, None, None) for s in steps]
 
 
+STEP_PATTERN = re.compile(r"(?:^|[_-])(?:iter|step|checkpoint|ckpt)[_-]?(\d+)$|^(\d+)$|(?:global_step|iter|step)(\d+)$")
+
+
 def step_of(name: str) -> int | None:
-    """The step in a checkpoint's folder name (iter_0000010, step_10, checkpoint-10, global_step10), if there is one."""
-    numbers = re.findall(r"\d+", name)
-    return int(numbers[-1]) if numbers else None
+    """The step in a checkpoint's folder name: iter_0000010, step_10, step10, checkpoint-10, global_step10, 10; else None."""
+    found = STEP_PATTERN.search(name)
+    return int(next(x for x in found.groups() if x is not None)) if found else None
 
 
 def _shape_from_config(ref: CheckpointRef) -> Shape | None:

@@ -73,9 +73,12 @@ def run_study(
         for path in store.leftovers():
             store.remove(path)
         context = Context(store.study(), store)
-        memory = memory_budget(context.study, workers)
-        count = workers or max(1, (os.cpu_count() or 1) // context.study.compute.threads)
-        with Engine(count, context.study.compute.threads, store.log_path, console) as engine:
+        store.record_sources({str(corpus_path(study.corpus, p)): h for p, h in context.source_hashes.items()}
+                             if isinstance(study.corpus, TextCorpus) else {})  # fmt: skip
+        count = workers or default_workers(study)
+        memory = memory_budget(study, count)
+        on_cpu = context.device().type == "cpu"
+        with Engine(count, study.compute.threads, store.log_path, console, fast_matmul=on_cpu) as engine:
             result = RunResult([], STAGES[0])
             for stage, units in stages(context, memory):
                 if STAGES.index(stage) > STAGES.index(until):
@@ -104,19 +107,45 @@ def preflight(study: Study) -> None:
         for ref in run.checkpoints:
             if ref.path is not None and getattr(run.spec, "hub_id", None) is None and not Path(ref.path).is_dir():
                 raise InputError(f"model {run.name}: no checkpoint folder {ref.path} (step {ref.step})")
+            if ref.path is not None and Path(ref.path).is_dir() and not _has_weights(Path(ref.path)):
+                raise InputError(f"model {run.name}: {ref.path} holds no weights (*.safetensors or *.bin)")
         if run.shape is not None and study.sae.k > (n := study.sae.n_features(run.shape.d_model)):
             raise InputError(f"model {run.name}: sae.k = {study.sae.k} is larger than its n = {n} features: lower k or raise n")
-    if missing := [path for path in study.features.labels if not Path(path).is_file()]:
-        raise InputError(f"features.labels: {missing[0]}: no such file")
+    if study.features.rule == "script":
+        from glottoscope.features.language import script_languages
+
+        script_languages(study.languages)
+    for path in study.features.labels:
+        from glottoscope.features.granularity import read_labels
+
+        read_labels(path)
 
 
-def memory_budget(study: Study, workers: int | None) -> float:
-    """Bytes one process may use: compute.memory_gb, or four fifths of the machine divided by the processes."""
+def _has_weights(folder: Path) -> bool:
+    return any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))
+
+
+def default_workers(study: Study) -> int:
+    """Local processes: cores / threads; one where there is an accelerator, which several would have to share."""
+    from glottoscope.lm.checkpoints import choose_device
+
+    if choose_device(study.compute.device) != "cpu":
+        return 1
+    return max(1, (os.cpu_count() or 1) // study.compute.threads)
+
+
+def memory_budget(study: Study, workers: int) -> float:
+    """Bytes one process may use: compute.memory_gb, or four fifths of the memory (of a CUDA device: what is free there)
+    divided by the processes."""
     if study.compute.memory_gb is not None:
         return study.compute.memory_gb * 2**30
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    count = workers or max(1, (os.cpu_count() or 1) // study.compute.threads)
-    return 0.8 * total / count
+    import torch
+
+    from glottoscope.lm.checkpoints import choose_device
+
+    if choose_device(study.compute.device) == "cuda":
+        return 0.8 * torch.cuda.mem_get_info()[0] / workers
+    return 0.8 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / workers
 
 
 def describe_run(study: Study) -> dict[str, Any]:
@@ -124,7 +153,6 @@ def describe_run(study: Study) -> dict[str, Any]:
     from importlib.metadata import version
 
     from glottoscope.lm.checkpoints import choose_device
-    from glottoscope.sae.kernels import enable_fast_matmul
 
     return {
         "glottoscope": glottoscope.__version__,
@@ -132,7 +160,7 @@ def describe_run(study: Study) -> dict[str, Any]:
         "machine": {
             "system": platform.system(), "architecture": platform.machine(), "device": choose_device(study.compute.device),
             "threads": study.compute.threads,
-            "matmul": "fast path, measured as true float32" if enable_fast_matmul() else "torch's default",
+            "matmul": _matmul(study),
         },
         "seeds": {
             "study": study.study.seed, "sae": list(study.sae.seeds),
@@ -140,6 +168,15 @@ def describe_run(study: Study) -> dict[str, Any]:
         },
         "hashes": {"study": digest(study.dump()), "code": _code_hash()},
     }  # fmt: skip
+
+
+def _matmul(study: Study) -> str:
+    """Which float32 matrix product is in use on the CPU, as `status` shows it."""
+    from glottoscope.lm.checkpoints import choose_device
+    from glottoscope.sae.kernels import enable_fast_matmul
+
+    fast = choose_device(study.compute.device) == "cpu" and enable_fast_matmul()
+    return "fast path, measured as true float32" if fast else "torch's default"
 
 
 def _code_hash() -> str:
@@ -290,9 +327,8 @@ class StageStatus(NamedTuple):
 
 def status(root: Path) -> list[StageStatus]:
     """How far every stage of a run directory is."""
-    store = RunStore(root)
-    context = Context(store.study(), store)
-    memory = memory_budget(context.study, None)
+    context = Context.open(root)
+    memory = memory_budget(context.study, default_workers(context.study))
     counts: dict[str, int] = dict.fromkeys(STAGES, 0)
     unknown = None
     for stage, units in stages(context, memory):
@@ -318,7 +354,7 @@ def clean(root: Path, *, dry_run: bool = False) -> list[tuple[Path, int]]:
     store = RunStore(root)
     store.manifest()
     with store.lock():
-        context = Context(store.study(), store)
+        context = Context.open(root)
         wanted = _wanted(context)
         removed = [(path, 0) for path in store.leftovers()]
         for parent in (store.cells_dir, store.models_dir, store.rulers_dir):
@@ -354,7 +390,7 @@ def remake_report(root: Path, console: Console) -> Path:
     store = RunStore(root)
     store.manifest()
     with store.lock():
-        context = Context(store.study(), store)
+        context = Context.open(root)
         store.table("evolution")  # says what to do where the study is not complete
         key = reporting.report_key(context, tables.tables_key(context))
         reporting.make_report(str(store.root), key, lambda *_: console.print("drawing ..."))

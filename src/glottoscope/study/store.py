@@ -201,6 +201,22 @@ class RunStore:
         return self.root / "report"
 
     @property
+    def sources_path(self) -> Path:
+        return self.root / "sources.json"
+
+    def record_sources(self, hashes: Mapping[str, str]) -> None:
+        """Keep the hashes of the corpus files: path -> SHA-256."""
+        write_json(self.sources_path, dict(hashes))
+
+    def recorded_sources(self) -> dict[str, str]:
+        """What `record_sources` kept; empty where nothing was."""
+        try:
+            found = json.loads(self.sources_path.read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    @property
     def log_path(self) -> Path:
         return self.root / "log.jsonl"
 
@@ -223,6 +239,18 @@ class RunStore:
         if not isinstance(record, dict) or record.get("key") != key:
             return False
         return all((folder / name).exists() for name in record.get("files", ()))
+
+    def begin(self, folder: Path, *stages: str) -> None:
+        """Forget that `stages` were complete in `folder`: called before the first of their files is replaced.
+
+        Without it an interrupted rewrite, followed by a return to the old settings, would pass for complete.
+        """
+        if (folder / "done.json").exists():
+            with _locked(folder):
+                record = self.done(folder)
+                kept = {name: value for name, value in record.items() if name not in stages}
+                if kept != record:
+                    write_json(folder / "done.json", kept)
 
     def mark_done(self, folder: Path, stage: str, key: str, settings: Mapping[str, Any], files: list[str]) -> None:
         """Write the record of a completed stage, last of all, with the hashes of its files."""

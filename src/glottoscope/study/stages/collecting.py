@@ -73,13 +73,14 @@ def is_ruler(context: Context, cell: Cell) -> bool:
 def means_key(context: Context, cell: Cell, layer: int) -> str:
     from glottoscope.study.store import digest
 
-    return digest("means", VERSIONS["rulers"], context.lm_key(cell), context.tokens_key, layer)
+    return digest("means", VERSIONS["rulers"], context.lm_key(cell), context.tokens_key, context.pass_settings, layer)
 
 
 def cell_key(context: Context, cell: Cell) -> str:
     from glottoscope.study.store import digest
 
-    return digest("cell", context.lm_key(cell), context.tokens_key, context.study.features.lm_loss_tokens)
+    tokens = context.study.features.lm_loss_tokens
+    return digest("cell", context.lm_key(cell), context.tokens_key, context.pass_settings, tokens)
 
 
 def collect_cell(root: str, model: str, step: int, layers: tuple[int, ...], report: Any) -> None:
@@ -127,6 +128,7 @@ def collect_cell(root: str, model: str, step: int, layers: tuple[int, ...], repo
             ruler.update(chunk)
     collected = {key: setup.collector.finish() for key, setup in setups.items()}
     if ruler is not None:
+        store.begin(store.ruler_dir(model), *(f"means_layer_{layer:02d}" for layer in layers))
         ruler.write(store.ruler_dir(model))
         for layer in layers:
             files = ["embeddings.safetensors", f"hidden_layer_{layer:02d}.safetensors"]
@@ -143,6 +145,7 @@ def collect_cell(root: str, model: str, step: int, layers: tuple[int, ...], repo
         which: aligned_pass(context, lm, cell, pairs, layers, which, setups, collected, neutral) for which, pairs in aligned.items()
     }
     if not store.is_done(store.cell_dir(model, step), "cell", cell_key(context, cell)):
+        store.begin(store.cell_dir(model, step), "cell")
         write_json(store.cell_dir(model, step) / "cell.json", lm_losses(context, lm, blocks))
         store.mark_done(store.cell_dir(model, step), "cell", cell_key(context, cell), {}, ["cell.json"])
     documents = document_ids(context)
@@ -152,6 +155,7 @@ def collect_cell(root: str, model: str, step: int, layers: tuple[int, ...], repo
         table = _collected_table(context, what, blocks, vocabulary, neutral)
         for which, pairs in aligned.items():
             table = with_phi(context, table, setup, pairs, which)
+        store.begin(folder, "features")
         write_table(folder / "collected.parquet", table)
         histogram = token_histogram(what)
         write_table(folder / "histogram.parquet", pa.table({
@@ -185,7 +189,7 @@ def _collected_table(
     else:
         position_language = document_languages(collected, neutral)
         if rule == "script":
-            scripts = _position_scripts(blocks, vocabulary, info.languages).reshape(-1)
+            scripts = _position_scripts(context, blocks, vocabulary).reshape(-1)
             position_language = np.where(position_language == NEUTRAL, NEUTRAL, scripts[collected.position])
         n_lang, n_neutral = count_languages(collected.feature, position_language, n, g)
     columns: dict[str, Any] = {
@@ -205,14 +209,29 @@ def _collected_table(
     return pa.table(columns)
 
 
-def _position_scripts(blocks: TokenBlocks, vocabulary: Vocabulary, languages: Sequence[str]) -> NDArray[np.uint8]:
-    """uint8 [B, T]: language of the merged character span at each position, by its script."""
-    mapping = script_languages(languages)
-    result = np.full(blocks.tokens.shape, NEUTRAL, np.uint8)
-    for b, row in enumerate(np.asarray(blocks.tokens).tolist()):
-        for span in merge_spans([vocabulary.piece[t] for t in row]):
-            result[b, span.start : span.end] = script_language(span.text, mapping)
-    return result
+def _position_scripts(context: Context, blocks: TokenBlocks, vocabulary: Vocabulary) -> NDArray[np.uint8]:
+    """uint8 [B, T]: language of the merged character span at each position, by its script; the same for every setup."""
+    cache: dict[str, NDArray[np.uint8]] = context.__dict__.setdefault("_scripts", {})
+    if "test" not in cache:
+        mapping = script_languages(context.token_info.languages)
+        result = np.full(blocks.tokens.shape, NEUTRAL, np.uint8)
+        for b, row in enumerate(np.asarray(blocks.tokens).tolist()):
+            for span in merge_spans([vocabulary.piece[t] for t in row]):
+                result[b, span.start : span.end] = script_language(span.text, mapping)
+        cache["test"] = result
+    return cache["test"]
+
+
+def _exposure(context: Context, collected: Collected, neutral: NDArray[np.bool_]) -> list[int]:
+    """Positions of each language that can count, by the same rule as a feature's: shares are rates of these."""
+    if context.study.features.rule != "script":
+        return collected.token_counts[~neutral].sum(axis=0).tolist()
+    blocks = context.blocks("test")
+    tokens, language = np.asarray(blocks.tokens), np.asarray(blocks.language)
+    counted = position_mask(tokens, language, context.token_info.special_ids) & ~neutral[tokens]
+    scripts = _position_scripts(context, blocks, context.vocabulary)[counted]
+    g = len(context.token_info.languages)
+    return np.bincount(scripts[scripts < g], minlength=g).tolist()
 
 
 # ---- quality
@@ -227,7 +246,7 @@ def _quality(
     record: dict[str, Any] = {
         "fvu": quality.fvu, "cosine": quality.cosine, "l0": quality.l0, "loss": quality.loss,
         "n_positions": quality.n_positions,
-        "exposure": collected.token_counts[~neutral].sum(axis=0).tolist(),
+        "exposure": _exposure(context, collected, neutral),
     }  # fmt: skip
     record |= {f"fvu_{x}": quality.fvu_language[g] for g, x in enumerate(info.languages)}
     if "test" in aligned:

@@ -64,14 +64,18 @@ class Vocabulary(NamedTuple):
 class Context:
     """A study and its run directory, opened by the driver and by every worker alike."""
 
-    def __init__(self, study: Study, store: RunStore) -> None:
+    def __init__(self, study: Study, store: RunStore, *, recorded: bool = False) -> None:
         self.study = study
         self.store = store
+        # Hashes of the corpus as the driver recorded them: workers need not read the files again, and a run that was
+        # moved away from its corpus can still be looked at.
+        self.recorded = recorded
 
     @classmethod
-    def open(cls, root: str) -> Context:
+    def open(cls, root: str | Path) -> Context:
+        """Open a run as its workers, its status and its report see it."""
         store = RunStore(Path(root))
-        return cls(store.study(), store)
+        return cls(store.study(), store, recorded=True)
 
     # ---- models
 
@@ -196,7 +200,12 @@ class Context:
         aligned = corpus.aligned
         paths = [s.path for s in corpus.sources]
         paths += [p for p in (aligned.train, aligned.dev, aligned.test) if p] if aligned else []
-        return {p: _hash_tree(corpus_path(corpus, p)) for p in paths}
+        recorded = self.store.recorded_sources() if self.recorded else {}
+        return {p: recorded.get(str(corpus_path(corpus, p))) or _hash_tree(corpus_path(corpus, p)) for p in paths}
+
+    def _document_hashes(self) -> dict[str, str]:
+        corpus = self.study.corpus
+        return {s.path: self.source_hashes[s.path] for s in corpus.sources} if isinstance(corpus, TextCorpus) else {}
 
     @cached_property
     def tokenizer_key(self) -> str:
@@ -205,14 +214,26 @@ class Context:
             return digest("tokenizer", VERSIONS["tokenizer"], "planted", WORLD_VERSION, corpus.shared_tokens)
         if corpus.tokenizer_training is not None:
             return digest(
-                "tokenizer", VERSIONS["tokenizer"], self.source_hashes, corpus.split, corpus.split_seed,
+                "tokenizer", VERSIONS["tokenizer"], self._document_hashes(), corpus.languages, corpus.split, corpus.split_seed,
                 corpus.tokenizer_training.model_dump(), [s.model_dump() for s in corpus.sources],
             )  # fmt: skip
         from glottoscope.study.stages.tokenizing import tokenizer_source
 
         path, revision = tokenizer_source(self)
-        content = _hash_tree(Path(path), "*token*") if Path(path).exists() else revision
+        content = _hash_tree(Path(path), TOKENIZER_FILES) if Path(path).exists() else [path, revision]
         return digest("tokenizer", VERSIONS["tokenizer"], content)
+
+    @property
+    def pass_settings(self) -> dict[str, Any]:
+        """What of the machine's settings can change the last bits of a language model pass."""
+        return self.study.compute.model_dump(mode="json", include={"threads", "device", "dtype", "lm_batch"})
+
+    @cached_property
+    def stream_key(self) -> str:
+        """Key of what the SAEs learn from: neither the test split nor the aligned sentences can make them stale."""
+        apart = {"root", "aligned", "test_tokens", "test_documents", "aligned_pairs"}
+        corpus = self.study.corpus.model_dump(mode="json", exclude=apart)
+        return digest("stream", VERSIONS["tokens"], corpus, self._document_hashes(), self.tokenizer_key, self.study.study.seed)
 
     @cached_property
     def tokens_key(self) -> str:
@@ -225,7 +246,7 @@ class Context:
         spec = run.spec.model_dump(mode="json", exclude={"name", "family", "checkpoints", "seeds", "layers"})
         return digest(
             "pretrain", VERSIONS["pretrain"], spec, run.lm_seed, self.study.study.seed, self.study.compute.threads,
-            self.corpus_key,
+            self.study.compute.device, self.corpus_key,
         )  # fmt: skip
 
     @cached_property
@@ -237,8 +258,9 @@ class Context:
         aligned = corpus.aligned.train if corpus.aligned else None
         sources = [(s.model_dump(), self.source_hashes[s.path]) for s in corpus.sources]
         return digest(
-            sources, corpus.context_length, corpus.split, corpus.split_seed, self.tokenizer_key,
+            sources, corpus.languages, corpus.context_length, corpus.split, corpus.split_seed, self.tokenizer_key,
             self.source_hashes.get(aligned) if aligned else None,
+            corpus.aligned.model_dump(exclude={"dev", "test", "max_length"}) if corpus.aligned else None,
         )  # fmt: skip
 
     def lm_key(self, cell: Cell) -> str:
@@ -261,12 +283,14 @@ class Context:
     def train_key(self, cell: Cell, layer: int, seed: int) -> str:
         study = self.study
         sae = study.sae.model_dump(mode="json", exclude={"seeds", "lr_choice"})
-        compute = study.compute.model_dump(mode="json", include={"threads", "device", "dtype", "lm_batch"})
-        chooser = None if self.chooses_lr(cell) else self.train_key(self.chooser_of(cell), layer, min(study.sae.seeds))
-        grid_seeds = study.sae.seeds if len(study.sae.lr) > 1 and chooser is None else None
+        # One seed chooses the learning rate, so that more seeds, or more checkpoints before the last, change nothing.
+        first = min(study.sae.seeds)
+        chooser = None
+        if len(study.sae.lr) > 1 and not (self.chooses_lr(cell) and seed == first):
+            chooser = self.train_key(cell if self.chooses_lr(cell) else self.chooser_of(cell), layer, first)
         return digest(
-            "train", VERSIONS["train"], self.lm_key(cell), self.tokens_key, sae, compute, layer, seed, chooser,
-            grid_seeds, cell.model.control == "frozen_decoder", study.study.seed,
+            "train", VERSIONS["train"], self.lm_key(cell), self.stream_key, sae, self.pass_settings, layer, seed, chooser,
+            cell.model.control == "frozen_decoder", study.study.seed,
         )  # fmt: skip
 
     def chooses_lr(self, cell: Cell) -> bool:
@@ -288,7 +312,15 @@ class Context:
                 "example_features", "phi_firing", "lm_loss_tokens",
             },
         )  # fmt: skip
-        return digest("features", VERSIONS["features"], self.train_key(cell, layer, seed), features)
+        # dev pairs are looked at for the final checkpoint only.
+        final = "dev" in self._aligned_sets() and cell.checkpoint == cell.model.final
+        return digest("features", VERSIONS["features"], self.train_key(cell, layer, seed), self.tokens_key, final, features)
+
+    def _aligned_sets(self) -> tuple[str, ...]:
+        corpus = self.study.corpus
+        if isinstance(corpus, TextCorpus):
+            return tuple(x for x in ("dev", "test") if corpus.aligned is not None and getattr(corpus.aligned, x) is not None)
+        return ("dev", "test")
 
     def ruler_run(self, run: ModelRun) -> ModelRun:
         """The model whose final checkpoint is the ruler of monosemanticity for `run`."""
@@ -300,7 +332,7 @@ class Context:
             mode="json",
             include={"theta", "theta_percentile", "cluster_tokens", "neutral_ratio", "neutral_min_count"},
         )  # fmt: skip
-        return digest("rulers", VERSIONS["rulers"], self.lm_key(final), self.tokens_key, features,
+        return digest("rulers", VERSIONS["rulers"], self.lm_key(final), self.tokens_key, self.pass_settings, features,
                       self.study.study.seed)  # fmt: skip
 
     def score_key(self, cell: Cell, layer: int, seed: int) -> str:
@@ -379,11 +411,15 @@ def with_key(table: pa.Table, key: dict[str, Any]) -> pa.Table:
     return pa.table([*arrays, *table.columns], names=[*key, *table.column_names])
 
 
-def _hash_tree(path: Path, pattern: str = "*") -> str:
+TOKENIZER_FILES = (".json", ".model", ".txt", ".jinja")  # what a tokenizer is read from, beside a model's weights
+
+
+def _hash_tree(path: Path, suffixes: tuple[str, ...] | None = None) -> str:
     if path.is_file():
         return file_digest(path)
     if path.is_dir():
-        return digest([(str(p.relative_to(path)), file_digest(p)) for p in sorted(path.rglob(pattern)) if p.is_file()])
+        files = [p for p in sorted(path.rglob("*")) if p.is_file() and (suffixes is None or p.suffix in suffixes)]
+        return digest([(str(p.relative_to(path)), file_digest(p)) for p in files])
     matches = sorted(path.parent.glob(path.name)) if path.parent.is_dir() else []
     if not matches:
         raise InputError(f"{path}: no such file, folder or glob")

@@ -14,6 +14,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from glottoscope.atomic import atomic_path, write_json, write_table
+from glottoscope.errors import InputError
 from glottoscope.study.config import PlantedCorpus, PretrainModel, TextCorpus
 from glottoscope.study.plan import Cell, ModelRun, seed_for
 from glottoscope.study.stages.context import Context
@@ -65,6 +66,7 @@ def make_lm_text(root: str, report: Any) -> None:
     assert isinstance(corpus, TextCorpus)
     encode = encoder(load_run_tokenizer(context))
     folder = text_dir(context)
+    context.store.begin(folder, "lm_text")
     files = []
     for n, language in enumerate(corpus.languages):
         report(n, len(corpus.languages) + 2, f"encoding {language}")
@@ -164,6 +166,11 @@ def _reading_text(context: Context, corpus: TextCorpus, run: ModelRun, spec: Pre
     dictionary = dictionary_for(context, text, mixture.dictionary_phi) if switches else None
     parallel = 0.0 if run.control == "negative" else mixture.parallel_share
     bos_id = tokenizer.bos_token_id
+    if bos_id is None:
+        raise InputError(
+            f"model {run.name}: the tokenizer has no BOS token, with which every training sequence begins: "
+            "use [corpus.tokenizer_training], or a tokenizer that has one"
+        )
     source = BilingualText(
         text.monolingual, text.articles if parallel else [], dictionary, bos_id=bos_id, seed=seed,
         context_length=corpus.context_length, parallel_share=parallel, switched_share=mixture.switched_share,
@@ -175,7 +182,7 @@ def _reading_text(context: Context, corpus: TextCorpus, run: ModelRun, spec: Pre
     for g, language in enumerate(corpus.languages):
         texts = (d.text for d in documents_of(corpus, language, "validation"))
         packed = pack(
-            enumerate(encode_all(encode, texts)), language=g, context_length=corpus.context_length, bos_id=bos_id,
+            enumerate(encode_all(encode, texts)), language=g, context_length=corpus.context_length, bos="block", bos_id=bos_id,
             max_tokens=EVALUATION_BLOCKS * corpus.context_length,
         )  # fmt: skip
         if len(packed.tokens):
@@ -236,8 +243,10 @@ def pretrain_model(root: str, name: str, report: Any) -> None:
         if step % 20 == 0 or step == spec.steps:
             report(step, spec.steps, f"loss {row['loss']:.2f}")
 
-    log = pretrain(shape, settings, reading.batch_at, save, _evaluator(reading), progress)
+    device = str(context.device())
+    log = pretrain(shape, settings, reading.batch_at, save, _evaluator(reading, device), progress, device=device)
     store.model_dir(name).mkdir(parents=True, exist_ok=True)
+    store.begin(store.model_dir(name), "pretrain")
     write_table(store.model_dir(name) / "log.parquet", log)
     write_json(store.model_dir(name) / "reading.json", reading.facts)
     store.mark_done(
@@ -246,7 +255,7 @@ def pretrain_model(root: str, name: str, report: Any) -> None:
     )  # fmt: skip
 
 
-def _evaluator(reading: Reading) -> Callable[[Any], dict[str, float]]:
+def _evaluator(reading: Reading, device: str) -> Callable[[Any], dict[str, float]]:
     import torch
 
     from glottoscope.lm.losses import lm_loss
@@ -254,7 +263,7 @@ def _evaluator(reading: Reading) -> Callable[[Any], dict[str, float]]:
     def evaluate(model: Any) -> dict[str, float]:
         losses = {}
         for language, tokens_BT in reading.evaluation.items():
-            tokens = torch.from_numpy(tokens_BT.astype(np.int64))
+            tokens = torch.from_numpy(tokens_BT.astype(np.int64)).to(device)
             everything = torch.ones_like(tokens, dtype=torch.bool)
             # BOS of a packed document is no word of the language: it is not predicted.
             counted = tokens != reading.bos_id if reading.bos_id is not None else everything

@@ -293,7 +293,7 @@ def _licences(context: Context) -> list[tuple[str, str, str]]:
     corpus = context.study.corpus
     if isinstance(corpus, PlantedCorpus):
         rows.append(("Planted world", "part of glottoscope, Apache-2.0", ""))
-    elif any(s.format == "kyoto-xml" or "kyoto" in f"{corpus.root or ''}/{s.path}".lower() for s in corpus.sources):
+    elif any(s.format == "kyoto-xml" for s in corpus.sources):
         rows.append(KYOTO)
     elif not rows:
         rows.append(("Text of this study", "not stated", "state it in report.licences of the study file"))

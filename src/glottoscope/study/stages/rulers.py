@@ -63,6 +63,7 @@ def make_rulers(root: str, model: str, names: tuple[str, ...], report: Any) -> N
         tensors = {"theta": np.array([clustering.theta])}
         if clustering.labels is not None:
             tensors["labels"] = clustering.labels
+        context.store.begin(folder, f"clusters_{name}")
         with atomic_path(folder / f"clusters_{name}.safetensors") as temporary:
             import torch
 

@@ -71,6 +71,7 @@ def score_layer(root: str, model: str, layer: int, cells: tuple[tuple[int, int],
         table = with_key(scored.table, key)
         for path in context.study.features.labels:
             table, _ = _labelled(table, path)
+        context.store.begin(folder, "score")
         write_table(folder / "features.parquet", table)
         write_json(folder / "row.json", {**key, **scored.row})
         context.store.mark_done(folder, "score", context.score_key(cell, layer, seed), {}, list(FILES))
@@ -241,13 +242,13 @@ def _sweeps(
     features = context.study.features
     total = max(1, int(alive.sum()))
     rows: list[list[Any]] = []
-    if "phi" in columns:
-        # Thresholds are judged on dev where it was collected (the final checkpoint), so that test stays untouched.
-        dev = "_dev" if "phi_dev" in columns else ""
-        pairs = columns[f"n_pairs_a{dev}"], columns[f"n_pairs_b{dev}"]
+    if "phi_dev" in columns:
+        # Thresholds are judged on dev, collected at the final checkpoint only: test stays untouched.
+        pairs = columns["n_pairs_a_dev"], columns["n_pairs_b_dev"]
         for value in PHI_SWEEP:
-            flag = is_bilingual(language, columns[f"phi{dev}"], columns[f"phi_null{dev}"], *pairs, threshold=value,
-                                min_firings=features.min_firings)  # fmt: skip
+            flag = is_bilingual(
+                language, columns["phi_dev"], columns["phi_null_dev"], *pairs, threshold=value, min_firings=features.min_firings
+            )
             rows.append(["phi", value, "share_bilingual", int(flag.sum()) / total])
     for value in R_SWEEP:
         paper = (language == "mixed") & ~mono.single_token & (mono.r >= value)

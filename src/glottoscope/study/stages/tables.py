@@ -41,6 +41,7 @@ def make_tables(root: str, report: Any) -> None:
     store, languages = context.store, context.token_info.languages
     rows, sweeps = [], []
     writer = None
+    store.begin(store.tables_dir, "tables")
     with atomic_path(store.table_path("features")) as temporary:
         for n, (row, folder) in enumerate(_rows(context)):
             report(n, 1, f"{n} setups")

@@ -57,10 +57,34 @@ def make_tokenizer(root: str, report: Any) -> None:
 
         path, revision = tokenizer_source(context)
         tokenizer = load_tokenizer(path, revision)
+        _check_one_tokenizer(context, tokenizer, load_tokenizer)
         with atomic_path(folder) as temporary:
             tokenizer.save_pretrained(str(temporary))
     files = sorted(p.name for p in folder.iterdir() if p.is_file() and p.name != "done.json")
     context.store.mark_done(folder, "tokenizer", context.tokenizer_key, {}, files)
+
+
+def _check_one_tokenizer(context: Context, tokenizer: Any, load: Any) -> None:
+    """All models of a study read the same ids: their tokenizers must agree where they bring one.
+
+    Raises:
+        InputError: a model's own tokenizer has another vocabulary; names the model.
+    """
+    vocabulary = tokenizer.get_vocab()
+    for run in context.runs:
+        own = getattr(run.spec, "tokenizer", None)
+        place = (own, None) if own is not None else (str(run.final.path), run.final.revision)
+        try:
+            theirs = load(*place)
+        except InputError:
+            if own is not None:
+                raise
+            continue  # weights without a tokenizer beside them: the study's is taken at its word
+        if theirs.get_vocab() != vocabulary:
+            raise InputError(
+                f"model {run.name}: its tokenizer has another vocabulary than the study's: a study has one tokenizer, "
+                "so make a study for each"
+            )
 
 
 def tokenizer_source(context: Context) -> tuple[str, str | None]:
@@ -153,6 +177,7 @@ def make_tokens(root: str, report: Any) -> None:
         truth = None
     store, languages = context.store, context.study.languages
     vocab_size = len(tokenizer)
+    store.begin(store.tokens_dir, "tokens")
     files = []
     for split, value in blocks.items():
         write_blocks(store.tokens_dir, split, value)
@@ -222,6 +247,7 @@ def _text(
         raise InputError("the tokenizer has no BOS token: set corpus.bos = 'none'")
     blocks: dict[str, TokenBlocks] = {}
     rows: list[tuple[str, str, str, int]] = []
+    rows_seen: list[str] = []
     counts = ReadReport()
     work = len(SPLITS) * len(corpus.languages)
     for s, split in enumerate(SPLITS):
@@ -251,8 +277,12 @@ def _text(
                     f"no text of language {language!r} fills one block of the {split} split: "
                     "check the source's path and format, or lower corpus.context_length"
                 )
-            packed = packed._replace(document=packed.document + np.uint32(len(rows)))
-            rows += [(identity, language, split, i) for i, identity in enumerate(seen, len(rows))]
+            packed = packed._replace(document=packed.document + np.uint32(len(rows_seen)))
+            first = len(rows_seen)
+            rows_seen += seen
+            # Documents that were read ahead, or cut off by the limit, are in no block.
+            used = np.unique(packed.document).tolist()
+            rows += [(rows_seen[i], language, split, i) for i in used if i >= first]
             per_language.append(packed)
         blocks[split] = interleave(per_language, special)
     aligned = {}

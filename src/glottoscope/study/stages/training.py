@@ -61,8 +61,7 @@ def train_cell(root: str, model: str, step: int, layers: tuple[int, ...], report
             f"cell {cell.name}: the tokenizer has {n_entries} entries, the model's embedding {n_rows}: they do not belong together"
         )
     rates = {layer: _grid(context, cell, layer) for layer in layers}
-    # A grid is chosen by the loss of all seeds together; without one, a seed that is there is not trained again.
-    seeds = {layer: list(sae.seeds) if len(rates[layer]) > 1 else _missing_seeds(context, cell, layer) for layer in layers}
+    seeds = {layer: _missing_seeds(context, cell, layer) for layer in layers}
     trainers: Trainers = {
         (layer, lr, seed): SAETrainer(
             # The same start for every checkpoint of a layer removes one source of difference between them.
@@ -98,10 +97,11 @@ def train_cell(root: str, model: str, step: int, layers: tuple[int, ...], report
     report(sae.n_steps, sae.n_steps, "validation")
     validation = _validate(context, lm, cell, trainers, layers)
     for layer in layers:
-        chosen = min(rates[layer], key=lambda lr: (sum(validation[layer, lr, s] for s in seeds[layer]), lr))
+        # The first seed chooses for all, so that seeds can be added later.
+        chooser = min(seeds[layer])
+        chosen = min(rates[layer], key=lambda lr: (validation[layer, lr, chooser], lr))
         for seed in seeds[layer]:
-            shown = seeds[layer] if len(rates[layer]) > 1 else [seed]
-            losses = {str(lr): [validation[layer, lr, s] for s in shown] for lr in rates[layer]}
+            losses = {str(lr): validation[layer, lr, seed] for lr in rates[layer]}
             folder = context.store.setup_dir(model, step, layer, seed)
             # An older SAE's features are worth nothing beside a new one's weights.
             if folder.exists():
@@ -128,9 +128,14 @@ def chosen_lr(context: Context, cell: Cell, layer: int) -> float:
 
 
 def _grid(context: Context, cell: Cell, layer: int) -> tuple[float, ...]:
-    if context.chooses_lr(cell):
-        return context.study.sae.lr
-    return (chosen_lr(context, context.chooser_of(cell), layer),)
+    """Learning rates to try: the grid where this cell is to choose, else the one that was chosen."""
+    lr = context.study.sae.lr
+    if len(lr) == 1:
+        return lr
+    if not context.chooses_lr(cell):
+        return (chosen_lr(context, context.chooser_of(cell), layer),)
+    chooses = min(context.study.sae.seeds) in _missing_seeds(context, cell, layer)
+    return lr if chooses else (chosen_lr(context, cell, layer),)
 
 
 def _order(context: Context, n_blocks: int, epoch: int) -> np.ndarray:
