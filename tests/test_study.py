@@ -234,6 +234,29 @@ def test_a_grid_is_chosen_at_the_final_checkpoint(tmp_path: Path) -> None:
     ]
 
 
+def test_a_seed_added_to_a_grid_changes_nothing_of_the_first(tmp_path: Path) -> None:
+    raw = planted(sae={"lr": [1e-5, 1e-2], "seeds": [0]})
+    store = run(raw, tmp_path / "run", until="score")
+    before = contents(store.root, ("cells/m@*/layer_*/seed_0/*",))
+    run(planted(sae={"lr": [1e-5, 1e-2], "seeds": [0, 1]}), tmp_path / "run", until="score")
+    assert contents(store.root, ("cells/m@*/layer_*/seed_0/*",)) == before
+    assert store.setup_dir("m", 20, 1, 1).is_dir()
+
+
+def test_seeds_of_a_language_model_are_one_model_in_the_report(tmp_path: Path) -> None:
+    from glottoscope.study.stages.context import Context
+    from glottoscope.study.stages.reporting import gather
+
+    raw = planted()
+    raw["models"][0]["seeds"] = [0, 1]
+    store = run(raw, tmp_path / "run", until="report")
+    assert {(r["model"], r["lm_seed"]) for r in rows(store)} == {("m", 0), ("m-s1", 1)}
+    data = gather(Context.open(store.root))
+    assert data.models() == ["m"] and data.main_model == "m"
+    assert data.n_seeds("m") == (2, 1)
+    assert set(data.over_steps("m")["lm_seed"].to_pylist()) == {0}
+
+
 def test_controls_are_rows_under_their_own_names(tiny: RunStore, tmp_path: Path) -> None:
     raw = planted(controls={"shuffled": True, "frozen_decoder": True})
     store = run(raw, tmp_path / "run", until="report")

@@ -54,7 +54,9 @@ def make_report(root: str, key: str, report: Any) -> None:
 def gather(context: Context) -> ReportData:
     """Everything that the report shows."""
     study, store, info = context.study, context.store, context.token_info
-    evolution = store.table("evolution")
+    names = _report_names(context)
+    evolution = _renamed(store.table("evolution"), names)
+    sweeps = store.table_or_none("sweeps")
     features = study.features
     return ReportData(
         name=study.study.name,
@@ -66,9 +68,9 @@ def gather(context: Context) -> ReportData:
         monosemanticity_threshold=features.paper_threshold,
         language_share=features.language_share,
         theta_percentile=features.theta_percentile if features.theta is None else None,
-        features=store.table("features"),
+        features=_renamed(store.table("features"), names),
         evolution_seeds=store.table_or_none("evolution_seeds"),
-        sweeps=store.table_or_none("sweeps"),
+        sweeps=_renamed(sweeps, names) if sweeps is not None else None,
         truth=_truth(evolution),
         patterns=_patterns(context),
         pretrain_log=_logs(context),
@@ -80,8 +82,31 @@ def gather(context: Context) -> ReportData:
         detectable=_detectable(context, evolution),
         turning=_turning(context, evolution),
         licences=_licences(context),
-        middle_layers={run.name: _layer(context, run) for run in context.runs},
+        middle_layers={names[run.name]: _layer(context, run) for run in _first_seeds(context)},
     )
+
+
+def _report_names(context: Context) -> dict[str, str]:
+    """Name of each model in the report: one for all seeds of a model, which the column lm_seed tells apart."""
+    return {r.name: r.spec.name if r.lm == r.name else f"{r.spec.name}-{r.control}" for r in context.runs}
+
+
+def _renamed(table: pa.Table, names: dict[str, str]) -> pa.Table:
+    if all(name == shown for name, shown in names.items()):
+        return table
+    index = table.schema.get_field_index("model")
+    return table.set_column(index, "model", pa.array([names[x] for x in table["model"].to_pylist()], pa.string()))
+
+
+def _first_seeds(context: Context) -> list[ModelRun]:
+    """The runs that the report's curves follow: the smallest seed of each model."""
+    names = _report_names(context)
+    first: dict[str, ModelRun] = {}
+    for run in context.runs:
+        shown = names[run.name]
+        if shown not in first or run.lm_seed < first[shown].lm_seed:
+            first[shown] = run
+    return list(first.values())
 
 
 def _layer(context: Context, run: ModelRun) -> int:
@@ -103,11 +128,12 @@ def _truth(evolution: pa.Table) -> pa.Table | None:
 
 
 def _logs(context: Context) -> pa.Table | None:
-    tables = []
+    tables, names = [], _report_names(context)
+    followed = {run.name for run in _first_seeds(context)}
     for run in pretrained_runs(context):
         log = lm_log(context, run.name)
-        if log is not None:
-            tables.append(log.append_column("model", pa.array([run.name] * log.num_rows)))
+        if log is not None and run.name in followed:
+            tables.append(log.append_column("model", pa.array([names[run.name]] * log.num_rows)))
     return pa.concat_tables(tables, promote_options="default") if tables else None
 
 
@@ -116,8 +142,9 @@ def _logs(context: Context) -> pa.Table | None:
 
 def _patterns(context: Context) -> list[PatternExample]:
     """The strongest features of each class at an early, a middle and the last checkpoint of the main model."""
-    runs = [r for r in context.runs if r.control == "none"] or list(context.runs)
-    run = max(runs, key=lambda r: (r.shape.n_params if r.shape else 0, -context.runs.index(r)))
+    followed = _first_seeds(context)
+    runs = [r for r in followed if r.control == "none"] or followed
+    run = max(runs, key=lambda r: (r.shape.n_params if r.shape else 0, -followed.index(r)))
     layer, seed = _layer(context, run), min(context.study.sae.seeds)
     middle = len(run.checkpoints) // 2
     chosen: dict[str, Any] = {"last": run.final}
@@ -134,7 +161,7 @@ def _patterns(context: Context) -> list[PatternExample]:
             shown = examples.filter(pc.field("feature") == feature).slice(0, 200)
             result.append(
                 PatternExample(
-                    model=run.name, step=checkpoint.step, layer=layer, role=role, feature=feature,  # pyright: ignore[reportArgumentType]
+                    model=_report_names(context)[run.name], step=checkpoint.step, layer=layer, role=role, feature=feature,  # pyright: ignore[reportArgumentType]
                     language=row["language"], bilingual=row["bilingual"], phi=row["phi"],
                     examples=_example_spans(context, shown, row["max_activation"]),
                 )
@@ -236,13 +263,13 @@ def _notes(context: Context) -> list[str]:
 
 def _pair_control_notes(context: Context, evolution: pa.Table) -> list[str]:
     """What would have passed as bilingual with the wrong sentences, at the last checkpoint of each model's curve."""
-    notes = []
-    for run in context.runs:
+    notes, names = [], _report_names(context)
+    for run in _first_seeds(context):
+        place = (names[run.name], run.lm_seed, run.final.step, _layer(context, run))
         rows = [
             r
             for r in evolution.to_pylist()
-            if (r["model"], r["step"], r["layer"]) == (run.name, run.final.step, _layer(context, run))
-            and r["n_bilingual"] is not None
+            if (r["model"], r["lm_seed"], r["step"], r["layer"]) == place and r["n_bilingual"] is not None
         ]
         if rows:
             row = rows[0]
@@ -303,8 +330,9 @@ def _licences(context: Context) -> list[tuple[str, str, str]]:
 def _detectable(context: Context, evolution: pa.Table) -> dict[str, Any]:
     """The smallest difference between two setups that this study could have seen, for the headline shares."""
     result: dict[str, Any] = {}
-    runs = {run.name: _layer(context, run) for run in context.runs}
-    rows = [r for r in evolution.to_pylist() if r["layer"] == runs[r["model"]] and r["control"] == "none"]
+    names = _report_names(context)
+    layers = {names[run.name]: _layer(context, run) for run in _first_seeds(context)}
+    rows = [r for r in evolution.to_pylist() if r["layer"] == layers[r["model"]] and r["control"] == "none"]
     for measure in ("share_mixed", "share_bilingual", "monosemanticity"):
         found = smallest_detectable_difference(rows, measure)
         result[measure] = found._asdict()
@@ -313,14 +341,15 @@ def _detectable(context: Context, evolution: pa.Table) -> dict[str, Any]:
 
 def _turning(context: Context, evolution: pa.Table) -> list[dict[str, Any]]:
     """When mixed turns, how far it falls and rises, per model at the layer of the curves."""
-    result = []
-    for run in context.runs:
+    result, names = [], _report_names(context)
+    for run in _first_seeds(context):
         if len(run.checkpoints) < 3:
             continue
         layer = _layer(context, run)
         rows = [
             r for r in evolution.to_pylist()
-            if r["model"] == run.name and r["layer"] == layer and r["sae_seed"] == min(context.study.sae.seeds)
+            if r["model"] == names[run.name] and r["lm_seed"] == run.lm_seed and r["layer"] == layer
+            and r["sae_seed"] == min(context.study.sae.seeds)
         ]  # fmt: skip
         values = [r["share_mixed"] for r in rows]
         if any(v is None for v in values):
@@ -331,5 +360,5 @@ def _turning(context: Context, evolution: pa.Table) -> list[dict[str, Any]]:
         if turning is not None:
             record = turning._asdict()
             record["low"], record["high"] = record.pop("step_low"), record.pop("step_high")
-            result.append({"model": run.name, "layer": layer, **record})
+            result.append({"model": names[run.name], "layer": layer, **record})
     return result
