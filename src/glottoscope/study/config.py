@@ -272,7 +272,8 @@ class SAEConfig(Part):
     normalization: Literal["unit", "none"] = Field(default="unit", description="unit: x / ||x||, as the paper does.")
     lr: tuple[PositiveFloat, ...] = Field(default=(1e-4, 3e-4, 1e-3, 3e-3), description="Grid; the paper's is not known.")
     lr_choice: Literal["final", "setup"] = Field(
-        default="final", description="final: once per model and layer at the last checkpoint, so that it cannot bend a curve; setup: at each."
+        default="final",
+        description="final: once per model and layer at the last checkpoint, so that it cannot bend a curve; setup: at each.",
     )
     warmup_steps: NonNegativeInt = Field(default=1000, description="Linear warm-up, then constant.")
     batch_tokens: PositiveInt = Field(default=32768, description="Tokens per step.")
