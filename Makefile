@@ -10,8 +10,8 @@ PIP_FLAGS := --quiet --disable-pip-version-check -c constraints.txt $(if $(TORCH
 
 help:
 	@echo "make setup      make the .venv and install glottoscope"
-	@echo "make demo       run the embedded study and print where the report is (about 2 minutes on 2 cores)"
-	@echo "make demo-full  the same with three sizes and the negative control (about 10 minutes)"
+	@echo "make demo       run the embedded study and print where the report is (about 2 minutes on 2 cores, after installation)"
+	@echo "make demo-full  the same with three sizes and the negative control (about 8 minutes)"
 	@echo "make test       run the tests"
 	@echo "make test-browser  look at a report in the system's Chromium (playwright drives it; no browser is downloaded)"
 	@echo "make lint       ruff and pyright"
