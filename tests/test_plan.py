@@ -106,7 +106,7 @@ def test_checkpoints_of_a_glob(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no checkpoint of step 5"):
         expand(as_study(raw))
     raw["models"][0] |= {"glob": "ckpt_*", "steps": []}
-    with pytest.raises(InputError, match="no folder with a step number"):
+    with pytest.raises(InputError, match="no folder named like iter_0000010"):
         expand(as_study(raw))
 
 

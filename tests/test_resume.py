@@ -68,7 +68,7 @@ def test_a_complete_study_is_not_run_again(copy: RunStore) -> None:
         ({"features": {"threshold": 0.6}}, "features"),
         ({"sae": {"steps": 12}}, "train"),
         ({"sae": {"k": 2}}, "train"),
-        ({"corpus": {"test_documents": 21}}, "tokens"),
+        ({"corpus": {"train_documents": 41}}, "tokens"),
         ({"models": planted_model(lr=1e-3)}, "pretrain"),
     ],
     ids=lambda x: next(iter(next(iter(x.values())))) if isinstance(x, dict) and isinstance(next(iter(x.values())), dict) else None,
@@ -79,6 +79,11 @@ def test_changed_settings_redo_only_what_depends_on_them(copy: RunStore, changes
     # The token store of the planted world does not depend on the language model.
     expected = set(STAGES[STAGES.index(first) :]) - ({"tokens"} if first == "pretrain" else set())
     assert redone == expected - (set() if first == "report" else {"report"})
+
+
+def test_other_test_text_trains_no_sae_again(copy: RunStore) -> None:
+    done = rerun(copy, planted(corpus={"test_documents": 21}), until="score")
+    assert {stage for stage, n in done.items() if n} == {"tokens", "features", "score"}
 
 
 MORE = {

@@ -73,8 +73,8 @@ def run_study(
         for path in store.leftovers():
             store.remove(path)
         context = Context(store.study(), store)
-        store.record_sources({str(corpus_path(study.corpus, p)): h for p, h in context.source_hashes.items()}
-                             if isinstance(study.corpus, TextCorpus) else {})  # fmt: skip
+        if isinstance(study.corpus, TextCorpus):
+            store.record_sources({str(corpus_path(study.corpus, p)): h for p, h in context.source_hashes.items()})
         count = workers or default_workers(study)
         memory = memory_budget(study, count)
         on_cpu = context.device().type == "cpu"
@@ -118,7 +118,10 @@ def preflight(study: Study) -> None:
     for path in study.features.labels:
         from glottoscope.features.granularity import read_labels
 
-        read_labels(path)
+        try:
+            read_labels(path)
+        except InputError as error:
+            raise InputError(f"features.labels: {error}") from None
 
 
 def _has_weights(folder: Path) -> bool:
