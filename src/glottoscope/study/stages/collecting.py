@@ -48,15 +48,10 @@ FILES = ("collected.parquet", "histogram.parquet", "examples.parquet", "quality.
 
 def missing_layers(context: Context, cell: Cell, layers: Sequence[int]) -> list[int]:
     """Layers of the cell whose features, or (the final cell's) token means, are not collected yet."""
-    return [x for x in layers if _missing_seeds(context, cell, x) or (is_ruler(context, cell) and not _has_means(context, cell, x))]
-
-
-def _missing_seeds(context: Context, cell: Cell, layer: int) -> list[int]:
-    store, model, step = context.store, cell.model.name, cell.checkpoint.step
     return [
-        seed
-        for seed in context.study.sae.seeds
-        if not store.is_done(store.setup_dir(model, step, layer, seed), "features", context.features_key(cell, layer, seed))
+        x
+        for x in layers
+        if context.missing_seeds("features", cell, x) or (is_ruler(context, cell) and not _has_means(context, cell, x))
     ]
 
 
@@ -94,7 +89,7 @@ def collect_cell(root: str, model: str, step: int, layers: tuple[int, ...], repo
     blocks, vocabulary, neutral = context.blocks("test"), context.vocabulary, context.neutral()
     setups: dict[Setup, Collecting] = {}
     for layer in layers:
-        for seed in _missing_seeds(context, cell, layer):
+        for seed in context.missing_seeds("features", cell, layer):
             sae = TopKSAE.load(store.setup_dir(model, step, layer, seed), device=str(context.device()))
             collector = FeatureCollector(sae.n, len(info.languages), info.vocab_size, threshold=study.features.threshold)
             setups[layer, seed] = Collecting(sae, collector, QualityAccumulator(sae.d, len(info.languages)))

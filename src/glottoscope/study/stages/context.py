@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -343,6 +343,16 @@ class Context:
         return digest(
             "score", VERSIONS["score"], self.features_key(cell, layer, seed), ruler, features, labels, family,
         )  # fmt: skip
+
+    def missing_seeds(self, stage: Literal["train", "features"], cell: Cell, layer: int) -> list[int]:
+        """SAE seeds of a layer of a cell for which `stage` is not complete with the study's settings."""
+        key = {"train": self.train_key, "features": self.features_key}[stage]
+        model, step = cell.model.name, cell.checkpoint.step
+        return [
+            seed
+            for seed in self.study.sae.seeds
+            if not self.store.is_done(self.store.setup_dir(model, step, layer, seed), stage, key(cell, layer, seed))
+        ]
 
     def setups(self, cell: Cell) -> Iterator[tuple[int, int]]:
         """(layer, SAE seed) of a cell, in order."""

@@ -30,16 +30,7 @@ Trainers = dict[tuple[int, float, int], SAETrainer]  # (layer, learning rate, SA
 
 def missing_layers(context: Context, cell: Cell, layers: Sequence[int]) -> list[int]:
     """Layers of the cell with an SAE that is not trained yet (or was, with other settings)."""
-    return [layer for layer in layers if _missing_seeds(context, cell, layer)]
-
-
-def _missing_seeds(context: Context, cell: Cell, layer: int) -> list[int]:
-    store, model, step = context.store, cell.model.name, cell.checkpoint.step
-    return [
-        seed
-        for seed in context.study.sae.seeds
-        if not store.is_done(store.setup_dir(model, step, layer, seed), "train", context.train_key(cell, layer, seed))
-    ]
+    return [layer for layer in layers if context.missing_seeds("train", cell, layer)]
 
 
 def train_cell(root: str, model: str, step: int, layers: tuple[int, ...], report: Any) -> None:
@@ -61,7 +52,7 @@ def train_cell(root: str, model: str, step: int, layers: tuple[int, ...], report
             f"cell {cell.name}: the tokenizer has {n_entries} entries, the model's embedding {n_rows}: they do not belong together"
         )
     rates = {layer: _grid(context, cell, layer) for layer in layers}
-    seeds = {layer: _missing_seeds(context, cell, layer) for layer in layers}
+    seeds = {layer: context.missing_seeds("train", cell, layer) for layer in layers}
     trainers: Trainers = {
         (layer, lr, seed): SAETrainer(
             # The same start for every checkpoint of a layer removes one source of difference between them.
@@ -134,7 +125,7 @@ def _grid(context: Context, cell: Cell, layer: int) -> tuple[float, ...]:
         return lr
     if not context.chooses_lr(cell):
         return (chosen_lr(context, context.chooser_of(cell), layer),)
-    chooses = min(context.study.sae.seeds) in _missing_seeds(context, cell, layer)
+    chooses = min(context.study.sae.seeds) in context.missing_seeds("train", cell, layer)
     return lr if chooses else (chosen_lr(context, cell, layer),)
 
 
