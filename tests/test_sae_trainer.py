@@ -15,7 +15,8 @@ from scipy.optimize import minimize
 from torch import Tensor
 
 from glottoscope.errors import InputError, NonFiniteError
-from glottoscope.sae.kernels import StepBuffers, StepGradients, chunked_step
+from glottoscope.sae.kernels import Forward
+from glottoscope.sae.kernels.chunked import ChunkedKernel
 from glottoscope.sae.model import TENSOR_NAMES, TopKSAE, geometric_median
 from glottoscope.sae.trainer import SAETrainer
 
@@ -99,22 +100,23 @@ def test_warmup_and_eps() -> None:
     assert trainer.learning_rate(499) == pytest.approx(5e-4)
     assert trainer.learning_rate(999) == trainer.learning_rate(10**6) == 1e-3
     assert SAETrainer(TopKSAE(D, N, K), 1e-3, 0).learning_rate(0) == 1e-3
-    assert trainer._optimizer.defaults["eps"] == 6.25e-10
-    assert trainer._optimizer.defaults["betas"] == (0.9, 0.999)
+    assert trainer._adam.eps == 6.25e-10
+    assert trainer._adam.betas == (0.9, 0.999)
 
 
 def test_b_dec_is_the_median_of_the_first_batch_only_once() -> None:
     sae, (first, second) = TopKSAE(D, N, K), batches(2)
     seen: list[Tensor] = []
 
-    def spy(sae: TopKSAE, u_BD: Tensor, buffers: StepBuffers) -> StepGradients:
-        seen.append(sae.b_dec.clone())
-        return chunked_step(sae, u_BD, buffers)
+    class Spy(ChunkedKernel):
+        def forward(self, u_BD: Tensor) -> Forward:
+            seen.append(self.sae.b_dec.clone())
+            return super().forward(u_BD)
 
-    SAETrainer(sae, kernel=spy).step(first)
+    SAETrainer(sae, kernel=Spy).step(first)
     assert torch.allclose(seen[0], geometric_median(sae.normalize(first)))
     after = sae.b_dec.clone()
-    SAETrainer(sae, kernel=spy).step(second)  # a new trainer, but a trained SAE
+    SAETrainer(sae, kernel=Spy).step(second)  # a new trainer, but a trained SAE
     assert torch.equal(seen[1], after)
 
 
@@ -172,12 +174,12 @@ def test_nonfinite_input_stops_before_any_weight_changes(bad: float, at: int) ->
     stream = batches(at + 1)
     for x in stream[:at]:
         trainer.step(x)
-    before, moments = weights(sae), trainer.state_dict()["optimizer"]["state"]
+    before, moments = weights(sae), trainer.state_dict()["adam"]["moments"]
     stream[at][5, 3] = bad
     with pytest.raises(NonFiniteError, match="1 of 64 positions"):
         trainer.step(stream[at])
     assert same(weights(sae), before) and trainer.steps == at
-    after = trainer.state_dict()["optimizer"]["state"]
+    after = trainer.state_dict()["adam"]["moments"]
     assert all(torch.equal(after[i][key], value) for i, entry in moments.items() for key, value in entry.items())
 
 

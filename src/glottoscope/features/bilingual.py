@@ -19,6 +19,8 @@ import numpy as np
 import numpy.typing as npt
 from scipy import sparse
 
+from glottoscope.features.collect import run_starts
+
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
@@ -85,17 +87,24 @@ def sentence_firings(
     """
     values_MK, indices_MK = np.asarray(values), np.asarray(indices)
     threshold_N = np.asarray(threshold, dtype=np.float64)
-    fires_MK = (values_MK > threshold_N[indices_MK]) & (values_MK > 0) & np.asarray(counted, dtype=bool)[:, None]
-    position, pick = np.nonzero(fires_MK)
-    keys = np.unique(indices_MK[position, pick].astype(np.int64) * n_sentences + np.asarray(sentence, dtype=np.int64)[position])
-    return SentenceFirings(keys // n_sentences, keys % n_sentences, len(threshold_N), n_sentences)
+    fires_MK = (values_MK > threshold_N.take(indices_MK)) & (values_MK > 0) & np.asarray(counted, dtype=bool)[:, None]
+    fires = np.flatnonzero(fires_MK)
+    position = fires // values_MK.shape[1]
+    keys = indices_MK.reshape(-1)[fires].astype(np.int64) * n_sentences + np.asarray(sentence, dtype=np.int64)[position]
+    return _from_keys(keys, len(threshold_N), n_sentences)
+
+
+def _from_keys(keys: IntArray, n_features: int, n_sentences: int) -> SentenceFirings:
+    """Firings of `SentenceFirings.keys`, in any order and more than once; `keys` is sorted in place."""
+    keys.sort()
+    feature, sentence = np.divmod(keys[run_starts(keys)], n_sentences)
+    return SentenceFirings(feature, sentence, n_features, n_sentences)
 
 
 def merge_firings(parts: list[SentenceFirings]) -> SentenceFirings:
     """The union of chunks of one language's positions; a sentence may be spread over chunks."""
-    keys = np.unique(np.concatenate([part.keys() for part in parts]))
-    n_sentences = parts[0].n_sentences
-    return SentenceFirings(keys // n_sentences, keys % n_sentences, parts[0].n_features, n_sentences)
+    keys = np.concatenate([part.keys() for part in parts])
+    return _from_keys(keys, parts[0].n_features, parts[0].n_sentences)
 
 
 def phi(firings_a: SentenceFirings, firings_b: SentenceFirings) -> PairPhi:
@@ -183,7 +192,10 @@ def phi_null_exact(firings_a: SentenceFirings, firings_b: SentenceFirings, strat
 
 def _both(firings_a: SentenceFirings, firings_b: SentenceFirings) -> SentenceFirings:
     """The firings that a sentence and its translation share."""
-    rows = np.isin(firings_a.keys(), firings_b.keys(), assume_unique=True)
+    keys_a, keys_b = firings_a.keys(), np.sort(firings_b.keys())
+    if not len(keys_b):
+        return firings_a._replace(feature=firings_a.feature[:0], sentence=firings_a.sentence[:0])
+    rows = keys_b.take(np.searchsorted(keys_b, keys_a), mode="clip") == keys_a
     return firings_a._replace(feature=firings_a.feature[rows], sentence=firings_a.sentence[rows])
 
 

@@ -16,6 +16,7 @@ import numpy.typing as npt
 FloatArray = npt.NDArray[np.float64]
 
 _CHUNK_ENTRIES = 4_000_000  # float64 weights in memory at a time: 32 MB
+_DRAWN_ENTRIES = 65_536  # drawn and counted at a time: 0.5 MB, which stays in cache
 
 
 class Resampled(NamedTuple):
@@ -50,8 +51,14 @@ def multinomial_weights(rng: np.random.Generator, n_draws: int, n: int) -> Float
     Counting uniform integers is the same multinomial as `Generator.multinomial`, an order of magnitude faster for
     n = 32,768.
     """
-    drawn = rng.integers(0, n, size=(n_draws, n)) + np.arange(n_draws)[:, None] * n
-    return np.bincount(drawn.ravel(), minlength=n_draws * n).reshape(n_draws, n).astype(np.float64)
+    weights = np.empty((n_draws, n))
+    step = max(1, _DRAWN_ENTRIES // n)
+    for first in range(0, n_draws, step):
+        rows = min(step, n_draws - first)
+        drawn = rng.integers(0, n, size=(rows, n))
+        drawn += np.arange(rows)[:, None] * n
+        weights[first : first + rows] = np.bincount(drawn.ravel(), minlength=rows * n).reshape(rows, n)
+    return weights
 
 
 def percentile_interval(draws: npt.NDArray[np.float64], level: float = 0.95) -> tuple[float, float] | None:

@@ -12,12 +12,14 @@ S tokens of a batch's widest feature.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.cluster.hierarchy import fcluster, linkage
+from scipy.spatial.distance import squareform
 
 from glottoscope.features.collect import Groups, run_starts
 from glottoscope.features.monosemanticity import sum_by_feature
@@ -26,6 +28,7 @@ Array = NDArray[Any]
 
 BATCH_WIDTHS = (2, 4, 8, 16, 32, 64)  # wider features go to scipy one by one: few, and each O(S^2) inside
 BATCH_ELEMENTS = 8_000_000
+GUESSES = 8192
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -61,15 +64,27 @@ def cluster_tokens(
             each feature's own tokens.
     """
     unit = unit_rows(vectors)
-    occurring = np.asarray(weights) > 0
     if theta is None:
         theta = cosine_threshold(unit, weights, seed=seed)
+    return cluster_at(unit, weights, [theta], max_tokens=max_tokens)[0]
+
+
+def cluster_at(unit: Array, weights: Array, thetas: Sequence[float], *, max_tokens: int = 20_000) -> list[Clustering]:
+    """`cluster_tokens` at several thresholds: the tree is built once and cut at each.
+
+    Args:
+        unit [V, D]: rows of norm 1. The others as `cluster_tokens`.
+    """
+    occurring = np.asarray(weights) > 0
     token = np.flatnonzero(occurring)
     if len(token) > max_tokens:
-        return Clustering(unit, occurring, theta, None, None)
-    labels = np.arange(len(unit))
-    labels[token] = token[average_linkage(unit[token], theta)]
-    return Clustering(unit, occurring, theta, labels, len(np.unique(labels[token])))
+        return [Clustering(unit, occurring, theta, None, None) for theta in thetas]
+    found = []
+    for theta, representative in zip(thetas, average_linkage_cuts(unit[token], thetas), strict=True):
+        labels = np.arange(len(unit))
+        labels[token] = token[representative]
+        found.append(Clustering(unit, occurring, theta, labels, len(np.unique(representative))))
+    return found
 
 
 def unit_rows(vectors: Array) -> Array:
@@ -85,35 +100,78 @@ def cosine_threshold(unit: Array, weights: Array, *, seed: int, percentile: floa
     Args:
         unit [V, D]: rows of norm 1. weights [V]: frequencies.
     """
-    cumulative = np.cumsum(weights, dtype=np.float64)
-    draw = np.random.default_rng(seed).random((2, n_pairs)) * cumulative[-1]
-    a, b = np.searchsorted(cumulative, draw, side="right")
-    a, b = a[a != b], b[a != b]
-    if not len(a):
-        return 1.0
+    return cosine_thresholds(unit, weights, [percentile], seed=seed, n_pairs=n_pairs)[0]
+
+
+def cosine_thresholds(
+    unit: Array, weights: Array, percentiles: Sequence[float], *, seed: int, n_pairs: int = 200_000
+) -> list[float]:
+    """`cosine_threshold` at several percentiles of the same pairs."""
+    if np.count_nonzero(weights) < 2:
+        return [1.0] * len(percentiles)
+    a, b = _draw_tokens(weights, 2 * n_pairs, seed).reshape(2, n_pairs)
+    distinct = a != b
+    # Frequent tokens meet again and again: each pair's cosine is taken once.
+    pairs = np.minimum(a, b)[distinct] * len(unit) + np.maximum(a, b)[distinct]
+    if not len(pairs):
+        return [1.0] * len(percentiles)
+    pairs.sort()
+    starts = run_starts(pairs)
+    a, b = np.divmod(pairs[starts], len(unit))
     step = max(1, BATCH_ELEMENTS // unit.shape[1])
     cosines = [np.einsum("pd,pd->p", unit[a[i : i + step]], unit[b[i : i + step]]) for i in range(0, len(a), step)]
-    return float(np.percentile(np.concatenate(cosines), percentile))
+    cosine = np.repeat(np.concatenate(cosines), np.diff(starts, append=len(pairs)))
+    return [float(np.percentile(cosine, percentile)) for percentile in percentiles]
+
+
+def _draw_tokens(weights: Array, n: int, seed: int) -> Array:
+    """int64 [n]: tokens drawn by frequency, at least one of them above 0."""
+    bounds = np.concatenate(([0.0], np.cumsum(weights, dtype=np.float64)))
+    uniform = np.random.default_rng(seed).random(n)
+    draw = uniform * bounds[-1]
+    # A table of guesses is right for most draws; only the others are searched, which costs ten times as much.
+    centres = (np.arange(GUESSES) + 0.5) * (bounds[-1] / GUESSES)
+    token = (np.searchsorted(bounds, centres, side="right") - 1)[(uniform * GUESSES).astype(np.int64)]
+    wrong = np.flatnonzero((draw < bounds[token]) | (draw >= bounds[token + 1]))
+    token[wrong] = np.searchsorted(bounds, draw[wrong], side="right") - 1
+    return token
 
 
 def average_linkage(unit: Array, theta: float) -> Array:
     """int64 [S]: smallest row of each row's cluster, by scipy's average linkage on 1 - cosine cut at 1 - theta."""
+    return average_linkage_cuts(unit, [theta])[0]
+
+
+def average_linkage_cuts(unit: Array, thetas: Sequence[float]) -> list[Array]:
+    """`average_linkage` at several thresholds: the tree is built once and cut at each."""
+    if len(unit) < 2:
+        return [np.arange(len(unit)) for _ in thetas]
+    tree = linkage(_condensed_distances(unit), "average")
+    found = []
+    for theta in thetas:
+        _, first_row, inverse = np.unique(fcluster(tree, 1.0 - theta, "distance"), return_index=True, return_inverse=True)
+        found.append(first_row[inverse])
+    return found
+
+
+def _condensed_distances(unit: Array) -> Array:
+    """1 - cosine of all pairs in scipy's condensed order: float64 [S (S - 1) / 2]."""
     n = len(unit)
-    if n < 2:
-        return np.arange(n)
-    distance = np.empty(n * (n - 1) // 2)
-    block = max(1, BATCH_ELEMENTS // n)
-    for first in range(0, n - 1, block):
-        last = min(first + block, n - 1)
-        cosine = unit[first:last] @ unit.T
-        above = np.arange(n) > np.arange(first, last)[:, None]
-        start, stop = _condensed_row(first, n), _condensed_row(last, n)
-        distance[start:stop] = 1.0 - cosine[above].astype(np.float64)
+    if n * n <= BATCH_ELEMENTS:
+        square = np.empty((n, n))
+        square[:-1] = unit[:-1] @ unit.T
+        distance = 1.0 - squareform(square, force="tovector", checks=False)
+    else:
+        distance = np.empty(n * (n - 1) // 2)
+        block = max(1, BATCH_ELEMENTS // n)
+        for first in range(0, n - 1, block):
+            last = min(first + block, n - 1)
+            cosine = unit[first:last] @ unit.T
+            above = np.arange(n) > np.arange(first, last)[:, None]
+            start, stop = _condensed_row(first, n), _condensed_row(last, n)
+            distance[start:stop] = 1.0 - cosine[above].astype(np.float64)
     # Rounding puts the cosine of equal vectors an ulp above 1; linkage refuses negative heights in the cut.
-    np.maximum(distance, 0.0, out=distance)
-    cluster = fcluster(linkage(distance, "average"), 1.0 - theta, "distance")
-    _, first_row, inverse = np.unique(cluster, return_index=True, return_inverse=True)
-    return first_row[inverse]
+    return np.maximum(distance, 0.0, out=distance)
 
 
 def _condensed_row(row: int, n: int) -> int:

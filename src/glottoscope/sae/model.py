@@ -1,6 +1,6 @@
 """The TopK sparse autoencoder of Inaba et al. (arXiv 2503.06394) and its files.
 
-Shape suffixes: B rows (positions), R rows of one chunk, D d_model, N features, K top-k.
+Shape suffixes: B rows (positions), R rows of one chunk, C features of one chunk, D d_model, N features, K top-k.
 
 u = x / ||x||;  z = TopK_k(ReLU(W_enc (u - b_dec) + b_enc));  u_hat = W_dec^T z + b_dec; W_enc and W_dec are both
 stored [n, d], which makes the unit-norm reset of decoder rows and every gather contiguous.
@@ -20,12 +20,13 @@ from torch import Tensor, nn
 
 from glottoscope.atomic import atomic_path, write_json
 from glottoscope.errors import InputError
-from glottoscope.sae.kernels import EncoderWorkspace
+from glottoscope.sae.encoding import make_encoder
 
 FORMAT = "glottoscope"
 SCHEMA = 1
 WEIGHTS_FILE = "sae.safetensors"
 CONFIG_FILE = "cfg.json"
+ENCODED_ROWS = 2048  # positions normalised and encoded at a time
 TENSOR_NAMES = ("W_enc", "b_enc", "W_dec", "b_dec")
 
 Normalization = Literal["unit", "none"]
@@ -113,14 +114,13 @@ class TopKSAE(nn.Module):
             values [..., k], ReLU'd, descending, and feature ids [..., k] int64. A pair with value 0 is not active.
         """
         x_BD = x.reshape(-1, self.d)
-        workspace = EncoderWorkspace(self, len(x_BD))
+        encode = make_encoder(self)
         values = torch.empty(len(x_BD), self.k, device=self.W_enc.device, dtype=self.W_enc.dtype)
         indices = torch.empty(len(x_BD), self.k, device=self.W_enc.device, dtype=torch.int64)
-        for start in range(0, len(x_BD), workspace.rows):
-            rows = slice(start, start + workspace.rows)
-            centred_RD = self.normalize(x_BD[rows]) - self.b_dec
-            pre_RP = workspace.preactivations(centred_RD, self.W_enc, self.b_enc)
-            values[rows], indices[rows] = workspace.top_k(pre_RP)
+        for start in range(0, len(x_BD), ENCODED_ROWS):
+            rows = slice(start, start + ENCODED_ROWS)
+            found = encode(self.normalize(x_BD[rows]).sub_(self.b_dec))
+            values[rows], indices[rows] = found.values_BK, found.indices_BK
         return values.view(*x.shape[:-1], self.k), indices.view(*x.shape[:-1], self.k)
 
     @torch.no_grad()
@@ -143,11 +143,15 @@ class TopKSAE(nn.Module):
     def max_preactivation(self, x_BD: Tensor) -> Tensor:
         """Each feature's largest ReLU'd activation before TopK over raw x [B, d], as [n] (the maxima m_i of v1)."""
         maxima_N = torch.zeros_like(self.b_enc)
-        workspace = EncoderWorkspace(self, len(x_BD))
-        for start in range(0, len(x_BD), workspace.rows):
-            centred_RD = self.normalize(x_BD[start : start + workspace.rows]) - self.b_dec
-            pre_RN = workspace.preactivations(centred_RD, self.W_enc, self.b_enc)[:, : self.n]
-            torch.maximum(maxima_N, pre_RN.amax(0), out=maxima_N)
+        rows, width = min(len(x_BD), ENCODED_ROWS), min(self.n, 1024)
+        pre_RC = torch.empty(rows, width, device=self.W_enc.device, dtype=self.W_enc.dtype)
+        for start in range(0, len(x_BD), ENCODED_ROWS):
+            centred_RD = self.normalize(x_BD[start : start + ENCODED_ROWS]) - self.b_dec
+            for first in range(0, self.n, width):
+                end = min(first + width, self.n)
+                piece_RC = pre_RC.view(-1)[: len(centred_RD) * (end - first)].view(-1, end - first)
+                torch.mm(centred_RD, self.W_enc[first:end].T, out=piece_RC)
+                torch.maximum(maxima_N[first:end], piece_RC.amax(0) + self.b_enc[first:end], out=maxima_N[first:end])
         return maxima_N
 
     def save(self, directory: Path | str, extra: dict[str, Any] | None = None) -> None:

@@ -5,16 +5,18 @@ Shape suffixes: B batch rows, D d_model, N features, K top-k.
 
 from __future__ import annotations
 
-import copy
 import math
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from glottoscope.errors import InputError, NonFiniteError
-from glottoscope.sae.kernels import Kernel, StepBuffers, get_kernel
+from glottoscope.sae.adam import Adam
+from glottoscope.sae.encoding import Preselection
+from glottoscope.sae.kernels import Kernel, kernel_class
 from glottoscope.sae.model import TENSOR_NAMES, TopKSAE, geometric_median
+from glottoscope.sae.scratch import Scratch
 
 
 class SAETrainer:
@@ -26,7 +28,9 @@ class SAETrainer:
 
     Args:
         frozen_decoder: the control in which W_dec keeps its initial directions; W_enc, b_enc and b_dec still learn.
-        kernel: a registered name, or any callable of the `Kernel` protocol.
+        kernel: a name of `glottoscope.sae.kernels` ("auto": the fastest that runs here), or a subclass of `Kernel`.
+        preselection: "bf16" proposes candidates by a bfloat16 product; certain rows keep them, others are recomputed.
+        scratch: memory shared with trainers that take turns with this one.
     """
 
     def __init__(
@@ -38,7 +42,9 @@ class SAETrainer:
         eps: float = 6.25e-10,
         betas: tuple[float, float] = (0.9, 0.999),
         frozen_decoder: bool = False,
-        kernel: str | Kernel = "chunked",
+        kernel: str | type[Kernel] = "auto",
+        preselection: Preselection = "none",
+        scratch: Scratch | None = None,
     ) -> None:
         if not lr > 0 or warmup_steps < 0:
             raise InputError(f"SAE training needs lr > 0 and warmup_steps >= 0; got lr = {lr}, warmup_steps = {warmup_steps}")
@@ -52,13 +58,10 @@ class SAETrainer:
             "betas": tuple(betas),
             "frozen_decoder": frozen_decoder,
         }
-        self._kernel = get_kernel(kernel) if isinstance(kernel, str) else kernel
-        self._buffers = StepBuffers(sae, frozen_decoder=frozen_decoder)
+        chosen = kernel_class(kernel, sae) if isinstance(kernel, str) else kernel
+        self.kernel = chosen(sae, frozen_decoder=frozen_decoder, scratch=scratch, preselection=preselection)
         trained = [name for name in TENSOR_NAMES if not (frozen_decoder and name == "W_dec")]
-        self._trained: dict[str, nn.Parameter] = {name: getattr(sae, name) for name in trained}
-        # Fused: one pass over parameters and moments; 10 times faster than the default on a CPU.
-        fused = sae.W_enc.device.type in ("cpu", "cuda")
-        self._optimizer = torch.optim.Adam(self._trained.values(), lr, betas, eps, fused=fused)
+        self._adam = Adam({name: getattr(sae, name) for name in trained}, tuple(betas), eps)
 
     def learning_rate(self, step: int) -> float:
         """The learning rate of update `step` (0-based)."""
@@ -70,7 +73,7 @@ class SAETrainer:
 
         Returns:
             "loss": mean over rows of ||u - u_hat||^2 before the update; "lr": the learning rate used; "l0": mean number
-            of active features (value above 0) per row.
+            of active features (value above 0) per row; "recomputed": rows whose bf16 preselection was not certain.
 
         Raises:
             InputError: x is not [B, d] with B >= 1.
@@ -80,36 +83,27 @@ class SAETrainer:
         if x_BD.ndim != 2 or x_BD.shape[1] != sae.d or len(x_BD) == 0:
             raise InputError(f"hidden states of shape {tuple(x_BD.shape)} given to an SAE that needs [B, {sae.d}], B >= 1")
         x_BD = x_BD.to(device=sae.W_enc.device, dtype=sae.W_enc.dtype)
-        # One pass without a mask in memory; the slow exact test runs only where the sum is suspicious.
-        if not math.isfinite(x_BD.sum().item()) and not bool(x_BD.isfinite().all()):
-            bad = int((~x_BD.isfinite()).any(1).sum())
+        u_BD, bad = self.kernel.normalise(x_BD)
+        if bad:
             raise NonFiniteError(
                 f"NaN or Inf in the hidden states of {bad} of {len(x_BD)} positions at SAE step {self.steps}: "
                 "load the model in float32 or bfloat16, or check its checkpoint"
             )
-        u_BD = sae.normalize(x_BD)
         before_D = sae.b_dec.clone()
         if not sae.b_dec_initialised:
             sae.b_dec.copy_(geometric_median(u_BD))
-        gradients = self._kernel(sae, u_BD, self._buffers)
-        loss = float(gradients.loss)
-        if not math.isfinite(loss):
+        forward = self.kernel.forward(u_BD)
+        if not math.isfinite(forward.loss):
             sae.b_dec.copy_(before_D)
-            raise NonFiniteError(f"the SAE's loss is {loss} at step {self.steps}: its weights or the hidden states overflow")
+            raise NonFiniteError(
+                f"the SAE's loss is {forward.loss} at step {self.steps}: its weights or the hidden states overflow"
+            )
         sae.b_dec_initialised = True
         lr = self.learning_rate(self.steps)
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
-        for name, parameter in self._trained.items():
-            parameter.grad = getattr(gradients, name)
-        self._optimizer.step()
-        for parameter in self._trained.values():
-            parameter.grad = None  # an SAE kept after training must not keep the buffers alive
-        if not self.frozen_decoder:
-            norms_N1 = torch.linalg.vector_norm(sae.W_dec, dim=1, keepdim=True)
-            sae.W_dec.div_(norms_N1)
+        self._adam.begin(lr)
+        self.kernel.update(forward, self._adam)
         self.steps += 1
-        return {"loss": loss, "lr": lr, "l0": int((gradients.values > 0).sum()) / len(x_BD)}
+        return {"loss": forward.loss, "lr": lr, "l0": forward.n_active / len(x_BD), "recomputed": forward.recomputed}
 
     def state_dict(self) -> dict[str, Any]:
         """A snapshot (copies) of the SAE's tensors, Adam's moments and the step: resumes exactly."""
@@ -118,7 +112,7 @@ class SAETrainer:
             "steps": self.steps,
             "b_dec_initialised": self.sae.b_dec_initialised,
             "sae": {name: getattr(self.sae, name).detach().clone() for name in TENSOR_NAMES},
-            "optimizer": copy.deepcopy(self._optimizer.state_dict()),
+            "adam": self._adam.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -136,10 +130,9 @@ class SAETrainer:
             given, own = tuple(state["sae"][name].shape), tuple(getattr(self.sae, name).shape)
             if given != own:
                 raise InputError(f"trainer state holds {name} of shape {given}, this SAE has {own}")
+        self._adam.load_state_dict(state["adam"])
         with torch.no_grad():
             for name in TENSOR_NAMES:
                 getattr(self.sae, name).copy_(state["sae"][name])
-        # torch keeps references to the given moments; two trainers loaded from one state must not share them.
-        self._optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
         self.sae.b_dec_initialised = state["b_dec_initialised"]
         self.steps = state["steps"]

@@ -84,7 +84,7 @@ def _prepare_process(threads: int, fast_matmul: bool) -> None:
     import torch
     from transformers.utils import logging
 
-    from glottoscope.sae.kernels import enable_fast_matmul
+    from glottoscope.sae.matmul import enable_fast_matmul
 
     logging.disable_progress_bar()  # one view of the progress, ours
     torch.set_num_threads(threads)

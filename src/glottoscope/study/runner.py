@@ -176,7 +176,7 @@ def describe_run(study: Study) -> dict[str, Any]:
 def _matmul(study: Study) -> str:
     """Which float32 matrix product is in use on the CPU, as `status` shows it."""
     from glottoscope.lm.checkpoints import choose_device
-    from glottoscope.sae.kernels import enable_fast_matmul
+    from glottoscope.sae.matmul import enable_fast_matmul
 
     fast = choose_device(study.compute.device) == "cpu" and enable_fast_matmul()
     return "fast path, measured as true float32" if fast else "torch's default"

@@ -15,8 +15,8 @@ from glottoscope.features import v1
 from glottoscope.features.bilingual import is_bilingual, supportable
 from glottoscope.features.clustering import (
     Clustering,
-    cluster_tokens,
-    cosine_threshold,
+    cluster_at,
+    cosine_thresholds,
     row_labels,
 )
 from glottoscope.features.coherence import coherence
@@ -262,21 +262,20 @@ def _sweeps(
         for value in LANGUAGE_SWEEP:
             rows.append(["language_share", value, "share_mixed", int((classes(value).language == "mixed").sum()) / total])
     if embeddings.clustering.labels is not None:
-        for percentile in THETA_SWEEP:
-            rows.append(["theta", percentile, "monosemanticity", _theta(context, embeddings, tokens, n, alive, percentile)])
+        for percentile, clustering in zip(THETA_SWEEP, _theta_sweep(context, embeddings), strict=True):
+            r = monosemanticity(tokens, row_labels(clustering, tokens, n)[0], n).r
+            rows.append(["theta", percentile, "monosemanticity", _mean(r, alive)])
     return rows
 
 
-def _theta(context: Context, ruler: Ruler, tokens: Groups, n: int, alive: NDArray[np.bool_], percentile: float) -> float | None:
-    """Mean R with the clusters cut at another percentile; the clustering is kept, since every setup asks for it."""
-    cache: dict[tuple[int, float], Clustering] = context.__dict__.setdefault("_theta_sweep", {})
-    key = (id(ruler.clustering), percentile)
+def _theta_sweep(context: Context, ruler: Ruler) -> list[Clustering]:
+    """The clusters cut at the percentiles of THETA_SWEEP; kept, since every setup asks for them."""
+    cache: dict[int, list[Clustering]] = context.__dict__.setdefault("_theta_sweep", {})
+    key = id(ruler.clustering)
     if key not in cache:
-        seed = seed_for(context.study, "theta-sweep")
-        theta = cosine_threshold(ruler.clustering.vectors, ruler.weights, seed=seed, percentile=percentile)
-        cache[key] = cluster_tokens(ruler.clustering.vectors, ruler.weights, seed=seed, theta=theta)
-    labels, _ = row_labels(cache[key], tokens, n)
-    return _mean(monosemanticity(tokens, labels, n).r, alive)
+        unit, seed = ruler.clustering.vectors, seed_for(context.study, "theta-sweep")
+        cache[key] = cluster_at(unit, ruler.weights, cosine_thresholds(unit, ruler.weights, THETA_SWEEP, seed=seed))
+    return cache[key]
 
 
 def _labelled(table: pa.Table, path: str) -> tuple[pa.Table, int]:

@@ -1,0 +1,60 @@
+"""Loss, exact gradients and update of one TopK-SAE training step, by name.
+
+- `compiled`: loops compiled by numba, on a CPU.
+- `triton`: the same loops as Triton kernels, on a CUDA device.
+- `chunked`: plain torch, on any device.
+- `reference`: dense autograd, slow, for tests.
+- `auto`: the fastest of them that runs here.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from glottoscope.errors import InputError
+from glottoscope.sae.encoding import compiled_can
+from glottoscope.sae.kernels.base import Forward, Gradients, Kernel
+
+if TYPE_CHECKING:
+    from glottoscope.sae.model import TopKSAE
+
+__all__ = ["KERNELS", "Forward", "Gradients", "Kernel", "kernel_class", "resolve_kernel"]
+
+KERNELS = ("compiled", "triton", "chunked", "reference")
+
+
+def resolve_kernel(name: str, device: str | torch.device, dtype: torch.dtype = torch.float32) -> str:
+    """The kernel that `name` stands for on this device: itself, or for "auto" the fastest that runs here.
+
+    Raises:
+        InputError: no kernel has this name.
+    """
+    device = torch.device(device)
+    if name == "auto":
+        if compiled_can(device, dtype):
+            return "compiled"
+        if device.type == "cuda" and dtype == torch.float32:
+            from glottoscope.sae.kernels.triton import why_not_triton
+
+            if why_not_triton() is None:
+                return "triton"
+        return "chunked"
+    if name not in KERNELS:
+        raise InputError(f"unknown SAE kernel {name!r}: use auto or one of {', '.join(KERNELS)}")
+    return name
+
+
+def kernel_class(name: str, sae: TopKSAE) -> type[Kernel]:
+    """The class of the kernel `name` ("auto" included) for an SAE."""
+    resolved = resolve_kernel(name, sae.W_enc.device, sae.W_enc.dtype)
+    if resolved == "compiled":
+        from glottoscope.sae.kernels.compiled import CompiledKernel as chosen
+    elif resolved == "triton":
+        from glottoscope.sae.kernels.triton import TritonKernel as chosen
+    elif resolved == "chunked":
+        from glottoscope.sae.kernels.chunked import ChunkedKernel as chosen
+    else:
+        from glottoscope.sae.kernels.dense import ReferenceKernel as chosen
+    return chosen

@@ -1,0 +1,24 @@
+"""Which float32 matrix product the CPU uses, chosen by measuring its error."""
+
+from __future__ import annotations
+
+import torch
+
+
+def enable_fast_matmul(tolerance: float = 5e-6) -> bool:
+    """Let this process use oneDNN's faster fp32 matrix product on the CPU, if it is true fp32 on this machine.
+
+    `torch.set_float32_matmul_precision("medium")` selects it; on CPUs with AMX the same setting means bfloat16, so
+    the error against float64 is measured (relative to the largest entry) and the setting is put back when it exceeds
+    `tolerance`. A process-wide switch: for the program's entry point, never called from within the library.
+    """
+    before = torch.get_float32_matmul_precision()
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(256, 768, generator=generator), torch.randn(768, 1024, generator=generator)
+    exact = a.double() @ b.double()
+    torch.set_float32_matmul_precision("medium")
+    error = ((a @ b).double() - exact).abs().max() / exact.abs().max()
+    if float(error) <= tolerance:
+        return True
+    torch.set_float32_matmul_precision(before)
+    return False
