@@ -145,7 +145,8 @@ def status(run_dir: RunDir) -> None:
     machine = manifest.get("machine", {})
     console.print(
         f"device {machine.get('device')}, {machine.get('threads')} thread(s) per process, "
-        f"float32 products: {machine.get('matmul', 'torch default')}; {tree_size(run_dir) / 2**20:,.0f} MiB"
+        f"float32 products: {machine.get('matmul', 'torch default')}, "
+        f"SAE kernel: {machine.get('sae_kernel', 'chunked')}; {tree_size(run_dir) / 2**20:,.0f} MiB"
     )
     index = store.report_dir / "index.html"
     if index.exists():

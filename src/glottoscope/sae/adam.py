@@ -64,14 +64,12 @@ class Adam:
         """
         moments = state["moments"]
         if set(moments) != set(self.first):
-            raise InputError(
-                f"Adam's state is of {', '.join(sorted(moments))}, this trainer learns {', '.join(sorted(self.first))}"
-            )
+            held, wanted = (", ".join(sorted(x)) for x in (moments, self.first))
+            raise InputError(f"Adam's state is of {held}; this trainer learns {wanted}")
         for name, kept in self.first.items():
-            if moments[name]["first"].shape != kept.shape:
-                raise InputError(
-                    f"Adam's state of {name} has shape {tuple(moments[name]['first'].shape)}, expected {tuple(kept.shape)}"
-                )
+            given = tuple(moments[name]["first"].shape)
+            if given != tuple(kept.shape):
+                raise InputError(f"Adam's state of {name} has shape {given}, expected {tuple(kept.shape)}")
         for name, entry in moments.items():
             self.first[name].copy_(entry["first"])
             self.second[name].copy_(entry["second"])

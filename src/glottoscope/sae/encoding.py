@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from glottoscope.sae.model import TopKSAE
 
 Preselection = Literal["none", "bf16"]
-Product = Callable[[slice, slice, Tensor], None]  # rows, features, out [R, C]: writes <centred[row], W_enc[feature]>
+Product = Callable[[slice, slice, Tensor], object]  # rows, features, out [R, C]: writes <centred[row], W_enc[feature]>
 
 
 class Selected(NamedTuple):
@@ -40,7 +40,7 @@ class Selected(NamedTuple):
 class Encoder(Protocol):
     """Callable on centred states u - b_dec [B, D] of the SAE's dtype and device."""
 
-    def __call__(self, centred_BD: Tensor) -> Selected: ...
+    def __call__(self, centred_BD: Tensor, /) -> Selected: ...
 
 
 class Selector(Protocol):
@@ -103,8 +103,8 @@ class ExactEncoder:
 class CompiledSelector:
     """Column pieces of all rows (up to `MAX_ROWS` at a time), selected by a compiled loop."""
 
-    MAX_ROWS = 2048
-    PIECE = 2**21  # entries: 8 MB of float32 stays in a CPU's last cache, and the product is still at full speed
+    MAX_ROWS: int = 2048
+    PIECE: int = 2**21  # entries: 8 MB of float32 stays in a CPU's last cache, and the product is still at full speed
 
     def __init__(self, n: int, k: int, scratch: Scratch, name: str = "") -> None:
         from glottoscope.sae import loops

@@ -12,7 +12,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from typing import Any, TypeVar
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +21,6 @@ from numba import njit
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
-Function = TypeVar("Function", bound=Callable[..., Any])
 
 # Sums may be regrouped and multiply-adds fused, which vector code needs; NaN and Inf keep their meaning.
 FAST = {"contract", "reassoc"}
@@ -30,7 +30,7 @@ PAIR_BLOCK = 128  # pairs of one feature summed in float32 before they are added
 MIN_LANES = 32
 
 
-def _compiled(function: Function) -> Function:
+def _compiled(function: Callable[..., Any]) -> Any:
     options: dict[str, Any] = {"nogil": True, "fastmath": FAST, "error_model": "numpy"}
     try:
         return njit(cache=True, **options)(function)
@@ -52,8 +52,9 @@ def split(loop: Callable[..., None], total: int, grain: int, *arguments: Any) ->
         loop(0, total, *arguments)
         return
     edges = [min(total, grain * (grains * p // parts)) for p in range(parts + 1)]
-    waiting = [_pool(threads).submit(loop, low, high, *arguments) for low, high in zip(edges[:-2], edges[1:-1], strict=True)]
-    loop(edges[-2], edges[-1], *arguments)  # this thread does its share
+    *others, (low, high) = pairwise(edges)
+    waiting = [_pool(threads).submit(loop, *edge, *arguments) for edge in others]
+    loop(low, high, *arguments)  # this thread does its share
     for future in waiting:
         future.result()
 

@@ -61,7 +61,7 @@ class SAETrainer:
         chosen = kernel_class(kernel, sae) if isinstance(kernel, str) else kernel
         self.kernel = chosen(sae, frozen_decoder=frozen_decoder, scratch=scratch, preselection=preselection)
         trained = [name for name in TENSOR_NAMES if not (frozen_decoder and name == "W_dec")]
-        self._adam = Adam({name: getattr(sae, name) for name in trained}, tuple(betas), eps)
+        self._adam = Adam({name: getattr(sae, name) for name in trained}, (betas[0], betas[1]), eps)
 
     def learning_rate(self, step: int) -> float:
         """The learning rate of update `step` (0-based)."""

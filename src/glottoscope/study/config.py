@@ -285,7 +285,16 @@ class SAEConfig(Part):
     buffer_tokens: PositiveInt = Field(
         default=131_072, description="Positions shuffled together. An epoch that fits is kept in memory and not recomputed."
     )
-    kernel: Literal["chunked", "reference"] = Field(default="chunked", description="reference: plain autograd, slow.")
+    kernel: Literal["auto", "compiled", "triton", "chunked", "reference"] = Field(
+        default="auto",
+        description="auto: compiled loops on a CPU, Triton on a CUDA device where they run, else chunked (plain torch). "
+        "reference: plain autograd, slow.",
+    )
+    preselection: Literal["none", "bf16"] = Field(
+        default="none",
+        description="bf16: a bfloat16 product proposes candidates and float32 decides; a row whose bound does not hold is "
+        "computed again. The same result, faster where the bfloat16 product is at least twice as fast.",
+    )
 
     @model_validator(mode="after")
     def _size_and_length(self) -> SAEConfig:

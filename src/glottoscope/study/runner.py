@@ -163,7 +163,7 @@ def describe_run(study: Study) -> dict[str, Any]:
         "machine": {
             "system": platform.system(), "architecture": platform.machine(), "device": choose_device(study.compute.device),
             "threads": study.compute.threads,
-            "matmul": _matmul(study),
+            "matmul": _matmul(study), "sae_kernel": _kernel(study),
         },
         "seeds": {
             "study": study.study.seed, "sae": list(study.sae.seeds),
@@ -176,10 +176,24 @@ def describe_run(study: Study) -> dict[str, Any]:
 def _matmul(study: Study) -> str:
     """Which float32 matrix product is in use on the CPU, as `status` shows it."""
     from glottoscope.lm.checkpoints import choose_device
-    from glottoscope.sae.matmul import enable_fast_matmul
+    from glottoscope.sae.matmul import enable_fast_matmul, matmul_error
 
     fast = choose_device(study.compute.device) == "cpu" and enable_fast_matmul()
-    return "fast path, measured as true float32" if fast else "torch's default"
+    path = "fast path, checked as true float32" if fast else "torch's default"
+    return f"{path} (largest error {matmul_error():.0e})"
+
+
+def _kernel(study: Study) -> str:
+    """Which SAE training kernel is in use, as `status` shows it, and why where it is not the fastest."""
+    from glottoscope.lm.checkpoints import choose_device
+    from glottoscope.sae.encoding import why_not_compiled
+    from glottoscope.sae.kernels import resolve_kernel
+
+    device = choose_device(study.compute.device)
+    chosen = resolve_kernel(study.sae.kernel, device)
+    if study.sae.kernel == "auto" and chosen == "chunked" and device == "cpu":
+        return f"chunked: slower than compiled, because {why_not_compiled()}"
+    return chosen
 
 
 def _code_hash() -> str:

@@ -57,7 +57,8 @@ class Kernel:
     def __init__(
         self, sae: TopKSAE, *, frozen_decoder: bool = False, scratch: Scratch | None = None, preselection: Preselection = "none"
     ) -> None:
-        self.sae, self.frozen_decoder, self.preselection = sae, frozen_decoder, preselection
+        self.sae, self.frozen_decoder = sae, frozen_decoder
+        self.preselection: Preselection = preselection
         self.scratch = Scratch() if scratch is None else scratch
 
     def normalise(self, x_BD: Tensor) -> tuple[Tensor, int]:

@@ -109,6 +109,9 @@ class ChunkedKernel(Kernel):
         b_enc_N = bags.view(-1).to(sae.b_enc.dtype)
         # 4 MB on a CPU, recycled by the allocator; on a GPU a quarter of a large SAE at a time.
         block = max(256, (2**20 if values_BK.device.type == "cpu" else 2**24) // d)
+        bags_of = [(dvalues_A, forward.centred_BD), (values_A, forward.residual_BD)]
+        if self.frozen_decoder:
+            bags_of.pop()
         starts = range(0, n, block)
         edges = [0, len(feature_A)] if len(starts) == 1 else [*offsets_N[::block].tolist(), len(feature_A)]
         for start, low, high in zip(starts, edges[:-1], edges[1:], strict=True):
@@ -116,9 +119,7 @@ class ChunkedKernel(Kernel):
             offsets = offsets_N[features] - low
             sums = [
                 F.embedding_bag(row_A[low:high], source_BD, offsets, mode="sum", per_sample_weights=weights_A[low:high])
-                for weights_A, source_BD in ((dvalues_A, forward.centred_BD), (values_A, forward.residual_BD))[
-                    : 2 - self.frozen_decoder
-                ]
+                for weights_A, source_BD in bags_of
             ]
             through_D = (b_enc_N[features] @ sae.W_enc[features]).to(wide)
             yield _Block(features, sums[0], b_enc_N[features], None if self.frozen_decoder else sums[1], through_D)

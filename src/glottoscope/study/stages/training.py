@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from glottoscope.errors import InputError, NonFiniteError
 from glottoscope.lm.layers import embedding_module
 from glottoscope.sae.model import TopKSAE
 from glottoscope.sae.quality import QualityAccumulator
+from glottoscope.sae.scratch import Scratch
 from glottoscope.sae.stream import ShuffledActivations
 from glottoscope.sae.trainer import SAETrainer
 from glottoscope.study.plan import Cell, seed_for
@@ -53,6 +54,7 @@ def train_cell(root: str, model: str, step: int, layers: tuple[int, ...], report
         )
     rates = {layer: _grid(context, cell, layer) for layer in layers}
     seeds = {layer: context.missing_seeds("train", cell, layer) for layer in layers}
+    scratch = Scratch()  # one for all: they take turns
     trainers: Trainers = {
         (layer, lr, seed): SAETrainer(
             # The same start for every checkpoint of a layer removes one source of difference between them.
@@ -61,7 +63,8 @@ def train_cell(root: str, model: str, step: int, layers: tuple[int, ...], report
                 normalization=sae.normalization, device=str(context.device()),
             ),
             lr, sae.warmup_steps, eps=sae.eps, betas=sae.betas,
-            frozen_decoder=cell.model.control == "frozen_decoder", kernel=sae.kernel,
+            frozen_decoder=cell.model.control == "frozen_decoder", kernel=sae.kernel, preselection=sae.preselection,
+            scratch=scratch,
         )
         for layer in layers for lr in rates[layer] for seed in seeds[layer]
     }  # fmt: skip
@@ -74,12 +77,14 @@ def train_cell(root: str, model: str, step: int, layers: tuple[int, ...], report
     every = max(1, sae.n_steps // CURVE_POINTS)
     curves: dict[tuple[int, float, int], list[tuple[int, float, float, float]]] = {key: [] for key in trainers}
     loss = float("nan")
-    for n, batch in enumerate(stream):
+    recomputed = dict.fromkeys(trainers, 0)
+    for n, batch in _numbered(stream):
         for key, trainer in trainers.items():
             try:
                 result = trainer.step(batch[key[0]])
             except NonFiniteError as error:
                 raise NonFiniteError(f"cell {cell.name}, layer {key[0]}: {error}") from None
+            recomputed[key] += int(result["recomputed"])
             if n % every == 0 or n == sae.n_steps - 1:
                 curves[key].append((n, result["loss"], result["lr"], result["l0"]))
                 loss = result["loss"]
@@ -101,7 +106,11 @@ def train_cell(root: str, model: str, step: int, layers: tuple[int, ...], report
             extra = {
                 "model": model, "step": step, "tokens_seen": cell.checkpoint.tokens_seen, "layer": layer,
                 "sae_seed": seed, "lr": chosen, "grid": losses, "steps": sae.n_steps, "control": cell.model.control,
+                "kernel": trainers[layer, chosen, seed].kernel.name,
             }  # fmt: skip
+            if sae.preselection != "none":
+                extra["preselection"] = {"kind": sae.preselection, "rows_recomputed": recomputed[layer, chosen, seed],
+                                         "rows": sae.n_steps * sae.batch_tokens}  # fmt: skip
             trainers[layer, chosen, seed].sae.save(folder, extra)
             write_table(folder / "training.parquet", _curve(curves, layer, seed, rates[layer], chosen))
             context.store.mark_done(
@@ -127,6 +136,17 @@ def _grid(context: Context, cell: Cell, layer: int) -> tuple[float, ...]:
         return (chosen_lr(context, context.chooser_of(cell), layer),)
     chooses = min(context.study.sae.seeds) in context.missing_seeds("train", cell, layer)
     return lr if chooses else (chosen_lr(context, cell, layer),)
+
+
+def _numbered(stream: Iterable[dict[int, Tensor]]) -> Iterator[tuple[int, dict[int, Tensor]]]:
+    """(SAE step, batch); an error of the language model's pass says which step it kept from being made."""
+    n = 0
+    try:
+        for batch in stream:
+            yield n, batch
+            n += 1
+    except NonFiniteError as error:
+        raise NonFiniteError(f"{error}; found before SAE step {n}, no weight has changed since") from None
 
 
 def _order(context: Context, n_blocks: int, epoch: int) -> np.ndarray:
