@@ -73,8 +73,12 @@ def forward_arguments(model: PreTrainedModel, attention_mask: Tensor) -> dict[st
     """Keyword arguments of a cache-free forward pass of the base model.
 
     Positions count real tokens only, as `generate` counts them, so that left padding does not shift them; models
-    without `position_ids` (ALiBi) derive them from the mask themselves.
+    without `position_ids` (ALiBi) derive them from the mask themselves. Padding on the right only needs no mask: a
+    causal model's real positions never see it, and attention without a mask is several times faster.
     """
+    real = attention_mask.bool()
+    if not bool((real[:, 1:] & ~real[:, :-1]).any()):
+        return {"use_cache": False}
     arguments: dict[str, Any] = {"attention_mask": attention_mask.long(), "use_cache": False}
     if "position_ids" in inspect.signature(model.base_model.forward).parameters:
         arguments["position_ids"] = (arguments["attention_mask"].cumsum(-1) - 1).clamp_min(0)

@@ -134,7 +134,7 @@ class CompiledSelector:
             pre_RC = flat[: rows * (end - first)].view(rows, end - first)
             product(part, slice(first, end), pre_RC)
             bias_C = bias_N[first:end].numpy()
-            loops.split(loops.select, rows, grain, pre_RC.numpy(), bias_C, first, lanes_of(end - first, self.k), *arrays)
+            loops.split(loops.select, rows, grain, pre_RC.numpy(), bias_C, first, *arrays)
         if bool(nan_R.any()):  # a NaN is never among the best; the caller must still see it
             values_RK[nan_R.bool()] = torch.nan
 
@@ -143,16 +143,6 @@ def piece_width(n: int, rows: int, piece: int) -> int:
     """Features of one piece: a power of two of at least 256, or all."""
     width = 2 ** round(math.log2(max(256, piece / max(1, rows))))
     return n if n <= width * 3 // 2 else width
-
-
-def lanes_of(width: int, k: int) -> int:
-    """Groups of the first bound in `loops.select`: k x a power of two, at least MIN_LANES; 0 where the piece is narrower."""
-    from glottoscope.sae.loops import MIN_LANES
-
-    lanes = k
-    while lanes < MIN_LANES:
-        lanes *= 2
-    return lanes if lanes <= width else 0
 
 
 class TorchSelector:

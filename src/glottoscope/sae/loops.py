@@ -27,7 +27,6 @@ FAST = {"contract", "reassoc"}
 ROW_BLOCK = 64  # rows whose gradients are summed together before they enter a float64 sum
 FEATURE_BLOCK = 256  # features of one partial sum of grad b_enc W_enc
 PAIR_BLOCK = 128  # pairs of one feature summed in float32 before they are added to the others
-MIN_LANES = 32
 
 
 def _compiled(function: Callable[..., Any]) -> Any:
@@ -75,29 +74,35 @@ def unit_rows(start: int, end: int, x_BD: Array, u_BD: Array, bad_B: Array) -> N
 
 
 @_compiled
-def _least_of_group_maxima(row_C: Array, bias_C: Array, lanes: Array, k: int) -> Any:
-    """A lower bound on the k-th largest of a row: split into k groups, each of which holds an entry at or above it."""
-    n_lanes = len(lanes)
-    for lane in range(n_lanes):
-        lanes[lane] = row_C[lane] + bias_C[lane]
-    for group in range(1, len(row_C) // n_lanes):
-        offset = group * n_lanes
-        for lane in range(n_lanes):
-            value = row_C[offset + lane] + bias_C[offset + lane]
-            lanes[lane] = value if value > lanes[lane] else lanes[lane]
-    while n_lanes > k:
-        n_lanes //= 2
-        for lane in range(n_lanes):
-            lanes[lane] = lanes[lane] if lanes[lane] > lanes[lane + n_lanes] else lanes[lane + n_lanes]
-    least = lanes[0]
-    for lane in range(1, k):
-        least = lanes[lane] if lanes[lane] < least else least
+def _first_bound(row_C: Array, bias_C: Array, folded: Array, k: int) -> Any:
+    """A lower bound on the k-th largest of a row: the least of at least k maxima of disjoint groups of its columns.
+
+    Halving folds the row onto itself, so a group's maximum is a vector maximum; an odd column left over belongs to no
+    group, which only lowers the bound.
+    """
+    half = len(row_C) // 2
+    for j in range(half):
+        low, high = row_C[j] + bias_C[j], row_C[half + j] + bias_C[half + j]
+        folded[j] = low if low > high else high
+    while half >= 2 * max(k, 16):  # shorter halves are no vectors
+        half //= 2
+        for j in range(half):
+            low, high = folded[j], folded[half + j]
+            folded[j] = low if low > high else high
+    strands = min(half, k)
+    for j in range(strands, half // strands * strands):
+        value = folded[j]
+        strand = j % strands
+        folded[strand] = value if value > folded[strand] else folded[strand]
+    least = folded[0]
+    for j in range(1, strands):
+        least = folded[j] if folded[j] < least else least
     return least
 
 
 @_compiled
 def select(
-    start: int, end: int, pre_BC: Array, bias_C: Array, first: int, n_lanes: int, values_BK: Array, indices_BK: Array, nan_B: Array
+    start: int, end: int, pre_BC: Array, bias_C: Array, first: int, values_BK: Array, indices_BK: Array, nan_B: Array
 ) -> None:
     """Take the columns of a block into each row's K best, kept in falling order; equal values keep the smaller index.
 
@@ -107,13 +112,13 @@ def select(
     width, k = pre_BC.shape[1], values_BK.shape[1]
     marks = np.zeros((width + 7) // 8 * 8, np.uint8)
     words = marks.view(np.uint64)
-    lanes = np.empty(max(1, n_lanes), pre_BC.dtype)
+    folded = np.empty(width // 2 + 1, pre_BC.dtype)
     zero = np.uint64(0)
     for b in range(start, end):
         row_C, best_K, best_index_K = pre_BC[b], values_BK[b], indices_BK[b]
         bound = best_K[k - 1]
-        if bound == -np.inf and n_lanes > 0:
-            bound = _least_of_group_maxima(row_C, bias_C, lanes, k)
+        if bound == -np.inf and width >= 2 * k:
+            bound = _first_bound(row_C, bias_C, folded, k)
             for j in range(width):
                 marks[j] = not (row_C[j] + bias_C[j] < bound)
         else:

@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 
 
+MAX_VIEWS = 256  # views of all sizes kept to be found again; the memory itself is kept once per name
+
+
 class Scratch:
     """Uninitialised tensors by name, the same memory at every call; grows, never shrinks.
 
@@ -15,14 +18,27 @@ class Scratch:
     """
 
     def __init__(self) -> None:
-        self._flat: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
+        self._flat: dict[tuple[str, torch.dtype, torch.device | str], Tensor] = {}
+        self._views: dict[tuple[str, tuple[int, ...], torch.dtype, torch.device | str], Tensor] = {}
 
     def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
         """A contiguous tensor of this shape, dtype and device, with whatever it held."""
-        key, size = (name, dtype, torch.device(device)), math.prod(shape)
+        view = self._views.get((name, shape, dtype, device))
+        if view is None:
+            if len(self._views) >= MAX_VIEWS:
+                self._views.clear()
+            view = self._views[name, shape, dtype, device] = self._make(name, shape, dtype, device)
+        return view
+
+    def _make(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Tensor:
+        key, size = (name, dtype, device), math.prod(shape)
         kept = self._flat.get(key)
         if kept is None or kept.numel() < size:
-            self._flat.pop(key, None)  # the old one goes before the new one comes
+            # The old memory goes, with every view of it, before the new one comes.
+            self._flat.pop(key, None)
+            for view in [v for v in self._views if (v[0], v[2], v[3]) == key]:
+                del self._views[view]
+            del kept
             kept = self._flat[key] = torch.empty(size, dtype=dtype, device=device)
         return kept[:size].view(shape)
 

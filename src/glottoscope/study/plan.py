@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 from glottoscope.errors import InputError
 from glottoscope.study.config import CheckpointModel, PlantedCorpus, PretrainModel, SAEConfig, Shape, Study, TextCorpus
 
-BYTES = 4  # fp32: SAE weights, gradients and Adam state
+BYTES = 4  # fp32: SAE weights and Adam's moments
+PROCESS = 480 * 2**20  # resident memory of Python with torch, transformers and numba imported, measured on Linux
 
 
 @dataclass(frozen=True)
@@ -251,27 +252,46 @@ def _layers(wanted: tuple[int, ...] | str, n_layers: int, name: str) -> tuple[in
 
 
 def sae_memory(d_model: int, sae: SAEConfig, trainers: int, layers: int, buffer_tokens: int) -> int:
-    """Peak bytes of training `layers` x `trainers` SAEs on one stream: weights, gradients, Adam, buffer, step."""
-    n = sae.n_features(d_model)
+    """Peak bytes of training `layers` x `trainers` SAEs on one stream: weights, Adam's moments, buffer, one step.
+
+    The step's own memory exists once: trainers take turns. The reference kernel, which holds [batch, n], needs more.
+    """
+    n, rows = sae.n_features(d_model), sae.batch_tokens
     parameters = 2 * n * d_model + n + d_model
-    state = 4 * parameters * BYTES * trainers * layers
-    buffer = 2 * min(buffer_tokens, sae.n_steps * sae.batch_tokens) * d_model * BYTES * layers
-    step = (6 * sae.batch_tokens * d_model + 3 * min(512, sae.batch_tokens) * n) * BYTES
-    return state + buffer + step
+    state = 3 * BYTES * parameters * trainers * layers  # no gradient is ever held whole
+    buffer = (min(buffer_tokens, sae.n_steps * rows) + rows) * d_model * BYTES * layers
+    piece = min(rows, 2048) * min(n, max(256, 2**21 // min(rows, 2048))) * BYTES
+    pairs = rows * sae.k * (5 * BYTES + 8)  # values, their gradients and features, and the pairs sorted by feature
+    coarse = n * d_model * 2 + rows * max(3 * sae.k, sae.k + 64) * (2 * BYTES + 8) if sae.preselection != "none" else 0
+    return state + buffer + 5 * rows * d_model * BYTES + piece + pairs + coarse
 
 
-def layer_groups(layers: Sequence[int], d_model: int, n_params: int, sae: SAEConfig, memory: float) -> list[tuple[int, ...]]:
-    """Split layers into groups whose SAEs fit `memory` bytes together with the language model.
+def lm_memory(study: Study, shape: Shape, layers: int) -> int:
+    """Bytes of a process that passes text through a language model: its libraries, the weights, one batch's states."""
+    tokens = study.compute.lm_batch * study.corpus.context_length
+    # A block at work holds some 18 d_model numbers a token (norms, q, k, v, three of the MLP's width); every captured
+    # layer its states and the counted ones of them.
+    return PROCESS + shape.n_params * BYTES + tokens * shape.d_model * (18 + 2 * layers) * BYTES
+
+
+def train_memory(study: Study, shape: Shape, layers: int) -> int:
+    """Peak resident bytes of a process that trains the SAEs of `layers` layers of one cell."""
+    sae = study.sae
+    trainers = len(sae.lr) * len(sae.seeds)
+    return lm_memory(study, shape, layers) + sae_memory(shape.d_model, sae, trainers, layers, sae.buffer_tokens)
+
+
+def layer_groups(layers: Sequence[int], d_model: int, apart: int, sae: SAEConfig, memory: float) -> list[tuple[int, ...]]:
+    """Split layers into groups whose SAEs fit `memory` bytes together with `apart`, what the language model needs.
 
     Raises:
         InputError: not even one layer fits.
     """
-    lm = n_params * BYTES
     trainers = len(sae.lr) * len(sae.seeds)
     size = len(layers)
-    while size > 1 and lm + sae_memory(d_model, sae, trainers, size, sae.buffer_tokens) > memory:
+    while size > 1 and apart + sae_memory(d_model, sae, trainers, size, sae.buffer_tokens) > memory:
         size -= 1
-    need = lm + sae_memory(d_model, sae, trainers, size, sae.buffer_tokens)
+    need = apart + sae_memory(d_model, sae, trainers, size, sae.buffer_tokens)
     if need > memory:
         raise InputError(
             f"one layer of width {d_model} needs {need / 2**30:.1f} GiB and {memory / 2**30:.1f} GiB are to be used: "
@@ -288,7 +308,7 @@ def cost_of(study: Study, run: ModelRun, memory: float) -> Cost:
     n = sae.n_features(shape.d_model)
     parameters = 2 * n * shape.d_model + n + shape.d_model
     tokens = sae.n_steps * sae.batch_tokens
-    groups = layer_groups(layers, shape.d_model, shape.n_params, sae, memory)
+    groups = layer_groups(layers, shape.d_model, lm_memory(study, shape, len(layers)), sae, memory)
     cells, setups = len(run.checkpoints), len(run.checkpoints) * len(layers) * len(sae.seeds)
     body = shape.n_params - 2 * shape.vocab_size * shape.d_model  # blocks only: no head, embeddings are look-ups
     passes = len(groups)
@@ -309,9 +329,7 @@ def cost_of(study: Study, run: ModelRun, memory: float) -> Cost:
     grid = len(sae.lr) - 1 if sae.lr_choice == "final" else (len(sae.lr) - 1) * cells
     trainings = setups + grid * len(layers) * len(sae.seeds)
     sae_flops = per_token * tokens * trainings + 2.0 * n * shape.d_model * 2 * test * setups
-    peak = shape.n_params * BYTES + max(
-        sae_memory(shape.d_model, sae, len(sae.lr) * len(sae.seeds), len(g), sae.buffer_tokens) for g in groups
-    )
+    peak = max(train_memory(study, shape, len(g)) for g in groups)
     disk = setups * (parameters * BYTES + n * 400)
     if isinstance(run.spec, PretrainModel) and run.lm == run.name:
         disk += cells * shape.n_params * BYTES

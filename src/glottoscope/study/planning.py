@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from glottoscope.study.config import Study
-from glottoscope.study.plan import Cost, ModelRun, describe_memory, describe_time, sae_memory, summary
+from glottoscope.study.plan import Cost, ModelRun, describe_memory, describe_time, summary, train_memory
 
 # Share of the speed of a large matrix product that training reached when it was measured on a CPU: a rough figure.
 EFFICIENCY = 0.4
@@ -36,8 +36,7 @@ def cpu_flops(seconds: float = 0.4) -> float:
 def one_layer(study: Study, run: ModelRun) -> int:
     """Peak bytes when compute.memory_gb leaves room for one layer at a time."""
     assert run.shape is not None
-    sae = study.sae
-    return run.shape.n_params * 4 + sae_memory(run.shape.d_model, sae, len(sae.lr) * len(sae.seeds), 1, sae.buffer_tokens)
+    return train_memory(study, run.shape, 1)
 
 
 def print_plan(study: Study, device_flops: float | None, console: Console) -> None:

@@ -80,7 +80,7 @@ def run_study(
         on_cpu = context.device().type == "cpu"
         with Engine(count, study.compute.threads, store.log_path, console, fast_matmul=on_cpu) as engine:
             result = RunResult([], STAGES[0])
-            for stage, units in stages(context, memory):
+            for stage, units in stages(context, memory, count):
                 if STAGES.index(stage) > STAGES.index(until):
                     break
                 outcome = engine.run(stage, units())
@@ -213,15 +213,19 @@ def _explain(console: Console, outcome: Outcome, stage: str) -> None:
 Units = Callable[[], list[Unit]]
 
 
-def stages(context: Context, memory: float) -> Iterator[tuple[str, Units]]:
+def stages(context: Context, memory: float, workers: int = 1) -> Iterator[tuple[str, Units]]:
     """Every stage with a function that lists its missing units; asked in order, since later ones depend on earlier."""
+
+    def cells(function: Callable[..., None], missing: Callable[..., list[int]], choosers: bool | None = None) -> list[Unit]:
+        return _cell_units(context, memory, workers, function, missing, choosers)
+
     yield "pretrain", lambda: _tokenizer_units(context)
     yield "pretrain", lambda: _text_units(context)
     yield "pretrain", lambda: _pretrain_units(context)
     yield "tokens", lambda: _token_units(context)
-    yield "train", lambda: _cell_units(context, memory, training.train_cell, training.missing_layers, choosers=True)
-    yield "train", lambda: _cell_units(context, memory, training.train_cell, training.missing_layers, choosers=False)
-    yield "features", lambda: _cell_units(context, memory, collecting.collect_cell, collecting.missing_layers)
+    yield "train", lambda: cells(training.train_cell, training.missing_layers, choosers=True)
+    yield "train", lambda: cells(training.train_cell, training.missing_layers, choosers=False)
+    yield "features", lambda: cells(collecting.collect_cell, collecting.missing_layers)
     yield "score", lambda: _ruler_units(context)
     yield "score", lambda: _score_units(context)
     yield "score", lambda: _table_units(context)
@@ -265,20 +269,29 @@ def _token_units(context: Context) -> list[Unit]:
 
 
 def _cell_units(
-    context: Context, memory: float, function: Callable[..., None], missing: Callable[..., list[int]],
-    choosers: bool | None = None,
+    context: Context, memory: float, workers: int, function: Callable[..., None], missing: Callable[..., list[int]],
+    choosers: bool | None,
 ) -> list[Unit]:  # fmt: skip
-    """Units of one cell x layer group each, of the cells that choose learning rates, of the others, or of all."""
+    """Units of one cell x layer group each, of the cells that choose learning rates, of the others, or of all.
+
+    Groups are as large as memory allows, since each costs a language model pass; but where they are fewer than the
+    workers they are split, since an idle core costs more. Groups change no number.
+    """
+    groups = [
+        (cell, layers)
+        for cell in context.cells
+        if choosers is None or choosers == _is_chooser(context, cell)
+        for group in context.groups(cell.model, memory)
+        if (layers := missing(context, cell, group))
+    ]
+    parts = -(-workers // max(1, len(groups)))
     units = []
-    for cell in context.cells:
-        if choosers is not None and choosers != _is_chooser(context, cell):
-            continue
-        for group in context.groups(cell.model, memory):
-            if layers := missing(context, cell, group):
-                arguments = (str(context.store.root), cell.model.name, cell.checkpoint.step, tuple(layers))
-                assert cell.model.shape is not None
-                weight = len(layers) * cell.model.shape.d_model
-                units.append(Unit(_name(cell, layers, context), function, arguments, weight))
+    for cell, layers in groups:
+        assert cell.model.shape is not None
+        size = -(-len(layers) // min(parts, len(layers)))
+        for part in (layers[i : i + size] for i in range(0, len(layers), size)):
+            arguments = (str(context.store.root), cell.model.name, cell.checkpoint.step, tuple(part))
+            units.append(Unit(_name(cell, part, context), function, arguments, len(part) * cell.model.shape.d_model))
     return sorted(units, key=lambda u: -u.weight)
 
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from glottoscope.errors import InputError, NonFiniteError
 from glottoscope.study.config import PlantedCorpus, PretrainModel, Study, TextCorpus
 from glottoscope.study.load import corpus_path
-from glottoscope.study.plan import Cell, CheckpointRef, ModelRun, cells_of, expand, layer_groups, seed_for
+from glottoscope.study.plan import Cell, CheckpointRef, ModelRun, cells_of, expand, layer_groups, lm_memory, seed_for
 from glottoscope.study.store import RunStore, digest, file_digest, read_parquet
 
 if TYPE_CHECKING:
@@ -112,7 +112,8 @@ class Context:
     def groups(self, run: ModelRun, memory: float) -> list[tuple[int, ...]]:
         shape = run.shape
         assert shape is not None
-        return layer_groups(run.known_layers(), shape.d_model, shape.n_params, self.study.sae, memory)
+        layers = run.known_layers()
+        return layer_groups(layers, shape.d_model, lm_memory(self.study, shape, len(layers)), self.study.sae, memory)
 
     def lm_checkpoint(self, run: ModelRun, ref: CheckpointRef) -> Any:
         """Where the weights of a checkpoint lie, as the lm room wants it."""
@@ -380,8 +381,8 @@ def hidden_states(
     result = {}
     for layer, x_BTD in states.items():
         x_BTD = x_BTD.float()
-        # A sum is finite only where every term is, and takes one pass over the states.
-        if not bool(torch.isfinite(torch.where(attention[..., None], x_BTD, 0.0).sum())):
+        # A sum is finite only where every term is; the exact test, which leaves padding out, runs only where it is not.
+        if not bool(torch.isfinite(x_BTD.sum())) and not bool(x_BTD[attention].isfinite().all()):
             raise NonFiniteError(
                 f"cell {cell.name}, layer {layer}: NaN or Inf in the hidden states: the checkpoint is damaged or "
                 "overflows in this dtype (compute.dtype)"
