@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from unittest import mock
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from glottoscope.sae import quality
 from glottoscope.sae.quality import Quality, QualityAccumulator
 
 D = 7
@@ -32,25 +34,67 @@ def measure(u: Tensor, u_hat: Tensor, language: Tensor, l0: Tensor | None = None
     return accumulator.result()
 
 
-@settings(max_examples=40, deadline=None)
-@given(b=st.integers(4, 200), seed=st.integers(0, 999), cuts=st.lists(st.integers(0, 200), max_size=6))
-def test_against_the_formula_whatever_the_chunking(b: int, seed: int, cuts: list[int]) -> None:
-    u, language = data(b, seed)
-    u_hat = u + 0.1 * torch.randn(b, D, generator=torch.Generator().manual_seed(seed + 1))
-    l0 = torch.arange(b) % 5
-    found = measure(u, u_hat, language, l0, tuple(min(c, b) for c in cuts))
+def expected_quality(u: Tensor, u_hat: Tensor, language: Tensor) -> tuple[float, list[float], float, float]:
+    """fvu, fvu of each language, cosine and loss by their formulas, in float64 at once."""
     v, v_hat = u.double(), u_hat.double()
-    assert found.fvu == pytest.approx(float((v - v_hat).square().sum() / (v - v.mean(0)).square().sum()), rel=1e-10)
+    errors, own = (v - v_hat).square().sum(1), []
     for g in (0, 1):
-        own, own_hat = v[language == g], v_hat[language == g]
-        if len(own) > 1:
-            expected = float((own - own_hat).square().sum() / (own - own.mean(0)).square().sum())
-            assert found.fvu_language[g] == pytest.approx(expected, rel=1e-9)
-    cosine = torch.nn.functional.cosine_similarity(v, v_hat, dim=1).mean()
-    assert found.cosine == pytest.approx(float(cosine), rel=1e-10)
+        x = v[language == g]
+        own.append(float(errors[language == g].sum() / (x - x.mean(0)).square().sum()) if len(x) > 1 else math.nan)
+    fvu = float(errors.sum() / (v - v.mean(0)).square().sum())
+    cosine = torch.nn.functional.cosine_similarity(v, v_hat, dim=1, eps=1e-300).mean()
+    return fvu, own, float(cosine), float(errors.mean())
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    b=st.integers(4, 200),
+    seed=st.integers(0, 999),
+    cuts=st.lists(st.integers(0, 200), max_size=6),
+    longest=st.integers(1, 60),
+    of_a_run=st.sampled_from([1, 10**9]),
+    sort=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+)
+def test_against_the_formula_whatever_the_chunking(
+    b: int, seed: int, cuts: list[int], longest: int, of_a_run: int, sort: bool, dtype: torch.dtype
+) -> None:
+    u, language = data(b, seed)
+    if sort:  # long runs of one language; else they take turns
+        u, language = u[language.argsort()], language.sort().values
+    u = u.to(dtype)
+    u_hat = u + 0.1 * torch.randn(b, D, generator=torch.Generator().manual_seed(seed + 1)).to(dtype)
+    l0 = torch.arange(b) % 5
+    with mock.patch.multiple(quality, CPU_ELEMENTS=longest * D, ELEMENTS_OF_A_RUN=of_a_run):
+        found = measure(u, u_hat, language, l0, tuple(min(c, b) for c in cuts))
+    fvu, own, cosine, loss = expected_quality(u, u_hat, language)
+    rel = 1e-6 if dtype == torch.float32 else 1e-10
+    assert found.fvu == pytest.approx(fvu, rel=rel)
+    for g in (0, 1):
+        if int((language == g).sum()) > 1:
+            assert found.fvu_language[g] == pytest.approx(own[g], rel=rel)
+    assert found.cosine == pytest.approx(cosine, rel=rel)
     assert found.l0 == pytest.approx(float(l0.double().mean()))
-    assert found.loss == pytest.approx(float((v - v_hat).square().sum(1).mean()), rel=1e-10)
+    assert found.loss == pytest.approx(loss, rel=rel)
     assert found.n_positions == b
+
+
+@pytest.mark.parametrize("spread", [1e-1, 1e-2, 1e-3])
+def test_float32_states_with_little_variance_about_a_large_mean(spread: float) -> None:
+    """Hidden states often share most of their direction: the variance must not drown in the mean's square."""
+    generator = torch.Generator().manual_seed(0)
+    means = torch.randn(2, 256, generator=generator)
+    language = torch.arange(3000) // 100 % 2
+    u = torch.nn.functional.normalize(means[language] + spread * torch.randn(3000, 256, generator=generator), dim=1)
+    u_hat = u + 0.3 * spread / 16 * torch.randn(3000, 256, generator=generator)
+    fvu, own, cosine, loss = expected_quality(u, u_hat, language)
+    for cuts in ((), (1, 2, 700, 1111), tuple(range(50, 3000, 50))):
+        accumulator = QualityAccumulator(256, 2)
+        for low, high in itertools.pairwise([0, *cuts, 3000]):
+            accumulator.update(u[low:high], u_hat[low:high], torch.ones(high - low), language[low:high])
+        found = accumulator.result()
+        assert (found.fvu, *found.fvu_language) == pytest.approx((fvu, *own), rel=1e-6)
+        assert (found.cosine, found.loss) == pytest.approx((cosine, loss), rel=1e-6)
 
 
 @settings(max_examples=20, deadline=None)
@@ -81,6 +125,7 @@ def test_nothing_constant_and_zero_vectors() -> None:
     empty = QualityAccumulator(D, 2).result()
     assert math.isnan(empty.fvu) and math.isnan(empty.cosine) and empty.n_positions == 0
     u, language = data(8, 1)
+    assert measure(u[:0], u[:0], language[:0]).n_positions == 0
     assert measure(u, torch.zeros_like(u), language).cosine == 0.0
     assert measure(u.bfloat16(), u.bfloat16(), language).fvu == 0.0
 

@@ -40,13 +40,29 @@ def capture(
     Raises:
         InputError: a layer beyond the model.
     """
+    return _capture(model, input_ids, attention_mask, layers, stop=stop)[0]
+
+
+def capture_and_finish(
+    model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, layers: Sequence[int]
+) -> tuple[dict[int, Tensor], Tensor]:
+    """`capture` in a pass that goes on to the end: also the base model's last hidden state [B, T, D], after the final
+    norm, from which the head makes its logits."""
+    states, last_BTD = _capture(model, input_ids, attention_mask, layers, stop=False)
+    assert last_BTD is not None
+    return states, last_BTD
+
+
+def _capture(
+    model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, layers: Sequence[int], *, stop: bool
+) -> tuple[dict[int, Tensor], Tensor | None]:
     blocks = decoder_blocks(model)
     outside = [layer for layer in layers if not 0 <= layer <= len(blocks)]
     if outside:
         raise InputError(f"layer {outside[0]} does not exist: the model has {len(blocks)} layers, use 0..{len(blocks)}")
-    if not layers:
-        return {}
-    last = max(layers)
+    if not layers and stop:
+        return {}, None
+    last, output = max(layers, default=0), None
     states: dict[int, Tensor] = {}
 
     def keep(layer: int, state: Tensor) -> None:
@@ -62,11 +78,11 @@ def capture(
             else:
                 handles.append(blocks[layer - 1].register_forward_hook(_output_hook(keep, layer)))
         with torch.no_grad(), contextlib.suppress(_AllCaptured):
-            model.base_model(input_ids=input_ids, **forward_arguments(model, attention_mask))
+            output = model.base_model(input_ids=input_ids, **forward_arguments(model, attention_mask))
     finally:
         for handle in handles:
             handle.remove()
-    return {layer: states[layer] for layer in layers}
+    return {layer: states[layer] for layer in layers}, None if output is None else output.last_hidden_state
 
 
 def forward_arguments(model: PreTrainedModel, attention_mask: Tensor) -> dict[str, Any]:

@@ -41,14 +41,27 @@ def lm_loss(
     Raises:
         InputError: the model transforms its logits in a way that is not known here.
     """
+    check_head(model)
+    with torch.no_grad():
+        output = model.base_model(input_ids=tokens_BT, **forward_arguments(model, attention_BT))
+    return loss_of_hidden(model, output.last_hidden_state, tokens_BT, count_BT, language_BT, n_languages)
+
+
+def check_head(model: PreTrainedModel) -> None:
+    """Raises InputError where the model transforms its logits in a way that is not known here."""
     for name, neutral in HEAD_EXTRAS.items():
         if getattr(model.config, name, neutral) not in (None, neutral):
             raise InputError(f"{type(model).__name__} changes its logits ({name}): its loss is not supported")
+
+
+def loss_of_hidden(
+    model: PreTrainedModel, hidden_BTD: Tensor, tokens_BT: Tensor, count_BT: Tensor, language_BT: Tensor, n_languages: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """`lm_loss` from the base model's last hidden state, after the final norm."""
     head: nn.Module = model.get_output_embeddings()  # type: ignore[assignment]
     with torch.no_grad():
-        output = model.base_model(input_ids=tokens_BT, **forward_arguments(model, attention_BT))
         counted = count_BT[:, 1:].bool()
-        hidden_MD = output.last_hidden_state[:, :-1][counted]
+        hidden_MD = hidden_BTD[:, :-1][counted]
         target_M = tokens_BT[:, 1:][counted].long()
         language_M = language_BT[:, 1:][counted].long()
         n_rows = max(1, LOGITS_PER_CHUNK // int(model.config.get_text_config().vocab_size))

@@ -53,6 +53,8 @@ class QualityAccumulator:
 
         Positions whose language is not below n_languages (255 = padding) are left out.
         """
+        if not len(u_BD):
+            return
         dtype = torch.float64 if torch.float64 in (u_BD.dtype, u_hat_BD.dtype) else torch.float32
         device, language_B = u_BD.device, language_B.to("cpu", torch.int64)
         u_BD, u_hat_BD, l0_B = u_BD.to(dtype), u_hat_BD.to(device, dtype), l0_B.to(device)

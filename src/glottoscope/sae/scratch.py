@@ -7,7 +7,6 @@ import math
 import torch
 from torch import Tensor
 
-
 MAX_VIEWS = 256  # views of all sizes kept to be found again; the memory itself is kept once per name
 
 

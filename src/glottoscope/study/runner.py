@@ -188,11 +188,14 @@ def _kernel(study: Study) -> str:
     from glottoscope.lm.checkpoints import choose_device
     from glottoscope.sae.encoding import why_not_compiled
     from glottoscope.sae.kernels import resolve_kernel
+    from glottoscope.sae.kernels.triton import why_not_triton
 
     device = choose_device(study.compute.device)
     chosen = resolve_kernel(study.sae.kernel, device)
     if study.sae.kernel == "auto" and chosen == "chunked" and device == "cpu":
         return f"chunked: slower than compiled, because {why_not_compiled()}"
+    if study.sae.kernel == "auto" and chosen == "chunked" and device == "cuda":
+        return f"chunked: slower than triton, because {why_not_triton()}"
     return chosen
 
 

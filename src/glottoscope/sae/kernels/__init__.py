@@ -25,8 +25,8 @@ __all__ = ["KERNELS", "Forward", "Gradients", "Kernel", "kernel_class", "resolve
 KERNELS = ("compiled", "triton", "chunked", "reference")
 
 
-def resolve_kernel(name: str, device: str | torch.device, dtype: torch.dtype = torch.float32) -> str:
-    """The kernel that `name` stands for on this device: itself, or for "auto" the fastest that runs here.
+def resolve_kernel(name: str, device: str | torch.device, dtype: torch.dtype = torch.float32, d: int = 1) -> str:
+    """The kernel that `name` stands for on this device at width `d`: itself, or for "auto" the fastest that runs here.
 
     Raises:
         InputError: no kernel has this name.
@@ -36,9 +36,9 @@ def resolve_kernel(name: str, device: str | torch.device, dtype: torch.dtype = t
         if compiled_can(device, dtype):
             return "compiled"
         if device.type == "cuda" and dtype == torch.float32:
-            from glottoscope.sae.kernels.triton import why_not_triton
+            from glottoscope.sae.kernels.triton import MAX_D, why_not_triton
 
-            if why_not_triton() is None:
+            if d <= MAX_D and why_not_triton() is None:
                 return "triton"
         return "chunked"
     if name not in KERNELS:
@@ -48,7 +48,7 @@ def resolve_kernel(name: str, device: str | torch.device, dtype: torch.dtype = t
 
 def kernel_class(name: str, sae: TopKSAE) -> type[Kernel]:
     """The class of the kernel `name` ("auto" included) for an SAE."""
-    resolved = resolve_kernel(name, sae.W_enc.device, sae.W_enc.dtype)
+    resolved = resolve_kernel(name, sae.W_enc.device, sae.W_enc.dtype, sae.d)
     if resolved == "compiled":
         from glottoscope.sae.kernels.compiled import CompiledKernel as chosen
     elif resolved == "triton":

@@ -39,7 +39,7 @@ from glottoscope.study.plan import Cell, seed_for
 from glottoscope.study.stages.context import VERSIONS, Context, Vocabulary
 from glottoscope.study.stages.examples import choose_examples, document_ids, examples_table, windows_of
 from glottoscope.study.stages.pairs import aligned_pass, with_phi
-from glottoscope.study.stages.passes import Codes, Collecting, Setup, TokenMeans, lm_losses, positions
+from glottoscope.study.stages.passes import Codes, Collecting, LMLosses, Setup, TokenMeans, positions
 
 STRICTER = (0.8, 0.9)  # activation thresholds swept beside the study's own
 KEPT_CODES = 256 * 2**20  # bytes of sparse codes kept between the two looks at the test split
@@ -102,7 +102,9 @@ def collect_cell(root: str, model: str, step: int, layers: tuple[int, ...], repo
     everything = np.arange(len(blocks.tokens))
     # Kept codes spare the second pass for the examples; beyond the bound they are computed again.
     keeps = blocks.tokens.size * study.sae.k * 12 * len(setups) <= KEPT_CODES
-    for n, chunk in enumerate(positions(context, lm, cell, blocks, layers, everything)):
+    known = store.is_done(store.cell_dir(model, step), "cell", cell_key(context, cell))
+    losses = None if known else LMLosses(context, lm, blocks)
+    for n, chunk in enumerate(positions(context, lm, cell, blocks, layers, everything, losses)):
         if n % 5 == 0:
             report(n * study.compute.lm_batch, 2 * len(everything), "test split")
         language = torch.from_numpy(chunk.language.astype(np.int64))
@@ -139,9 +141,9 @@ def collect_cell(root: str, model: str, step: int, layers: tuple[int, ...], repo
     states = {
         which: aligned_pass(context, lm, cell, pairs, layers, which, setups, collected, neutral) for which, pairs in aligned.items()
     }
-    if not store.is_done(store.cell_dir(model, step), "cell", cell_key(context, cell)):
+    if losses is not None:
         store.begin(store.cell_dir(model, step), "cell")
-        write_json(store.cell_dir(model, step) / "cell.json", lm_losses(context, lm, blocks))
+        write_json(store.cell_dir(model, step) / "cell.json", losses.result())
         store.mark_done(store.cell_dir(model, step), "cell", cell_key(context, cell), {}, ["cell.json"])
     documents = document_ids(context)
     for (layer, seed), setup in setups.items():

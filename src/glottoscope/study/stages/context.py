@@ -363,21 +363,41 @@ class Context:
 
 
 def hidden_states(
-    model: PreTrainedModel, tokens_BT: NDArray[Any], attention_BT: NDArray[np.bool_], layers: Sequence[int], cell: Cell
-) -> dict[int, torch.Tensor]:
+    model: PreTrainedModel, tokens_BT: NDArray[Any], attention_BT: NDArray[np.bool_], layers: Sequence[int], cell: Cell,
+) -> dict[int, torch.Tensor]:  # fmt: skip
     """Hidden states of the wanted layers for one batch, checked: layer -> float32 [B, T, D] on the model's device.
 
     Raises:
         NonFiniteError: NaN or Inf at an attended position; names the cell and the layer.
     """
+    return _hidden_states(model, tokens_BT, attention_BT, layers, cell, finish=False)[0]
+
+
+def hidden_states_and_last(
+    model: PreTrainedModel, tokens_BT: NDArray[Any], attention_BT: NDArray[np.bool_], layers: Sequence[int], cell: Cell,
+) -> tuple[dict[int, torch.Tensor], torch.Tensor]:  # fmt: skip
+    """As `hidden_states`, and the state [B, T, D] after the final norm, in the model's dtype, from the same pass."""
+    states, last = _hidden_states(model, tokens_BT, attention_BT, layers, cell, finish=True)
+    assert last is not None
+    return states, last
+
+
+def _hidden_states(
+    model: PreTrainedModel, tokens_BT: NDArray[Any], attention_BT: NDArray[np.bool_], layers: Sequence[int], cell: Cell,
+    *, finish: bool,
+) -> tuple[dict[int, torch.Tensor], torch.Tensor | None]:  # fmt: skip
     import torch
 
-    from glottoscope.lm.capture import capture
+    from glottoscope.lm.capture import capture, capture_and_finish
 
     device = next(model.parameters()).device
     ids = torch.from_numpy(np.ascontiguousarray(tokens_BT).astype(np.int64)).to(device)
     attention = torch.from_numpy(np.ascontiguousarray(attention_BT)).to(device)
-    states = capture(model, ids, attention.long(), layers)
+    last = None
+    if finish:
+        states, last = capture_and_finish(model, ids, attention.long(), layers)
+    else:
+        states = capture(model, ids, attention.long(), layers)
     result = {}
     for layer, x_BTD in states.items():
         x_BTD = x_BTD.float()
@@ -388,7 +408,34 @@ def hidden_states(
                 "overflows in this dtype (compute.dtype)"
             )
         result[layer] = x_BTD
-    return result
+    return result, last
+
+
+class Batch(NamedTuple):
+    """A few blocks, cut to the longest of them."""
+
+    rows: NDArray[np.int64]  # [B] block numbers
+    tokens: NDArray[np.uint32]  # [B, T]
+    language: NDArray[np.uint8]  # [B, T]; PADDING where padded
+
+
+BUCKET = 16  # batches whose blocks are sorted by length together
+
+
+def bucketed(blocks: TokenBlocks, order: NDArray[np.int64], size: int) -> Iterator[Batch]:
+    """The blocks in batches of `size`, nearly in `order`: within some batches' worth, blocks of like length share one, so
+    that little of it is padding. The order of blocks changes no state."""
+    from glottoscope.corpus.tokens import PADDING
+
+    for window in batches(order, size * BUCKET):
+        tokens, language = np.asarray(blocks.tokens[window]), np.asarray(blocks.language[window])
+        # Padding is on the right: a block's length is where its last real position ends.
+        width = language.shape[1]
+        length = width - (language[:, ::-1] != PADDING).argmax(axis=1)
+        length[(language == PADDING).all(axis=1)] = 1
+        for rows in batches(np.argsort(length, kind="stable"), size):
+            longest = int(length[rows].max())
+            yield Batch(window[rows], tokens[rows, :longest], language[rows, :longest])
 
 
 def batches(order: NDArray[np.int64], size: int) -> Iterable[NDArray[np.int64]]:

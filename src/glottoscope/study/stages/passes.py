@@ -24,10 +24,11 @@ from glottoscope.features.bilingual import (
 )
 from glottoscope.features.collect import FeatureCollector
 from glottoscope.lm.layers import embedding_module
+from glottoscope.lm.losses import check_head, loss_of_hidden
 from glottoscope.sae.model import TopKSAE
 from glottoscope.sae.quality import QualityAccumulator
 from glottoscope.study.plan import Cell
-from glottoscope.study.stages.context import Context, Vocabulary, batches, hidden_states
+from glottoscope.study.stages.context import Context, Vocabulary, bucketed, hidden_states, hidden_states_and_last
 
 Setup = tuple[int, int]  # (layer, SAE seed)
 
@@ -61,19 +62,58 @@ class Chunk(NamedTuple):
 
 
 def positions(
-    context: Context, lm: Any, cell: Cell, blocks: TokenBlocks, layers: Sequence[int], order: NDArray[np.int64]
-) -> Iterator[Chunk]:
+    context: Context, lm: Any, cell: Cell, blocks: TokenBlocks, layers: Sequence[int], order: NDArray[np.int64],
+    losses: LMLosses | None = None,
+) -> Iterator[Chunk]:  # fmt: skip
+    """Hidden states at the counted positions of the blocks; `losses` takes the model's loss from the same passes."""
     width = blocks.tokens.shape[1]
-    for rows in batches(order, context.study.compute.lm_batch):
-        tokens, language = np.asarray(blocks.tokens[rows]), np.asarray(blocks.language[rows])
+    for rows, tokens, language in bucketed(blocks, order, context.study.compute.lm_batch):
         mask = position_mask(tokens, language, context.token_info.special_ids)
-        states = hidden_states(lm, tokens, attention_mask(language), layers, cell)
+        attention = attention_mask(language)
+        if losses is not None and (wanted := losses.wants(rows)).any():
+            states, last_BTD = hidden_states_and_last(lm, tokens, attention, layers, cell)
+            losses.update(last_BTD, tokens, language, mask & wanted[:, None])
+        else:
+            states = hidden_states(lm, tokens, attention, layers, cell)
         kept = torch.from_numpy(np.flatnonzero(mask))
-        position = (rows[:, None] * width + np.arange(width))[mask]
+        position = (rows[:, None] * width + np.arange(tokens.shape[1]))[mask]
         yield Chunk(
             {x: s.flatten(0, 1).index_select(0, kept.to(s.device)) for x, s in states.items()},
             position, tokens[mask].astype(np.int64), language[mask],
         )  # fmt: skip
+
+
+class LMLosses:
+    """The language model's loss per language on the first test tokens, in nats per token.
+
+    Raises:
+        InputError: the model transforms its logits in a way that is not known here.
+    """
+
+    def __init__(self, context: Context, lm: Any, blocks: TokenBlocks) -> None:
+        check_head(lm)
+        self._lm, self._languages = lm, context.token_info.languages
+        tokens, width = context.study.features.lm_loss_tokens, blocks.tokens.shape[1]
+        self._n_blocks = max(len(self._languages), tokens // width)
+        self._total = np.zeros(len(self._languages))
+        self._counts = np.zeros(len(self._languages), np.int64)
+
+    def wants(self, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Which of the blocks are among the first."""
+        return rows < self._n_blocks
+
+    def update(self, last_BTD: Tensor, tokens: NDArray[Any], language: NDArray[np.uint8], counted: NDArray[np.bool_]) -> None:
+        """Add blocks: the state after the final norm, and the target positions that count."""
+        code = np.where(attention_mask(language), language, 0).astype(np.int64)
+        ids, count, group = (torch.from_numpy(a).to(last_BTD.device) for a in (tokens.astype(np.int64), counted, code))
+        nll, n = loss_of_hidden(self._lm, last_BTD, ids, count, group, len(self._languages))
+        self._total, self._counts = self._total + nll, self._counts + n
+
+    def result(self) -> dict[str, Any]:
+        """lm_loss_<language>, None where no position of it was seen, and n_params."""
+        means = (float(t / n) if n else None for t, n in zip(self._total, self._counts, strict=True))
+        losses = {f"lm_loss_{x}": mean for x, mean in zip(self._languages, means, strict=True)}
+        return {**losses, "n_params": int(sum(p.numel() for p in self._lm.parameters()))}
 
 
 class TokenMeans:
@@ -104,28 +144,3 @@ class TokenMeans:
             means = sums / self.counts.clamp_min(1)[:, None]
             with atomic_path(folder / f"hidden_layer_{layer:02d}.safetensors") as temporary:
                 save_file({"vectors": means, "counts": self.counts}, temporary)
-
-
-def lm_losses(context: Context, lm: Any, blocks: TokenBlocks) -> dict[str, Any]:
-    """The language model's loss per language on the first test tokens, in nats per token."""
-    from glottoscope.lm.losses import lm_loss
-
-    info, study = context.token_info, context.study
-    width = blocks.tokens.shape[1]
-    n_blocks = min(len(blocks.tokens), max(len(info.languages), study.features.lm_loss_tokens // width))
-    total, counts = np.zeros(len(info.languages)), np.zeros(len(info.languages), np.int64)
-    device = next(lm.parameters()).device
-    for rows in batches(np.arange(n_blocks), study.compute.lm_batch):
-        tokens, language = np.asarray(blocks.tokens[rows]), np.asarray(blocks.language[rows])
-        mask, attention = position_mask(tokens, language, info.special_ids), attention_mask(language)
-        arrays = (
-            tokens.astype(np.int64),
-            attention.astype(np.int64),
-            mask,
-            np.where(attention, language, 0).astype(np.int64),
-        )
-        ids, attended, counted, code = (torch.from_numpy(a).to(device) for a in arrays)
-        nll, n = lm_loss(lm, ids, attended, counted, code, len(info.languages))
-        total, counts = total + nll, counts + n
-    losses = {f"lm_loss_{x}": float(total[g] / counts[g]) if counts[g] else None for g, x in enumerate(info.languages)}
-    return {**losses, "n_params": int(sum(p.numel() for p in lm.parameters()))}

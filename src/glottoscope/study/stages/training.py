@@ -21,7 +21,7 @@ from glottoscope.sae.scratch import Scratch
 from glottoscope.sae.stream import ShuffledActivations
 from glottoscope.sae.trainer import SAETrainer
 from glottoscope.study.plan import Cell, seed_for
-from glottoscope.study.stages.context import Context, batches, hidden_states
+from glottoscope.study.stages.context import Context, bucketed, hidden_states
 from glottoscope.study.stages.tokenizing import read_json
 
 CURVE_POINTS = 200  # rows of a setup's loss curve
@@ -159,8 +159,7 @@ def _chunks(
 ) -> Iterator[dict[int, Tensor]]:
     """Hidden states at the positions that count, batch by batch: layer -> [M, D]."""
     special = context.token_info.special_ids
-    for rows in batches(order, context.study.compute.lm_batch):
-        tokens, language = blocks.tokens[rows], blocks.language[rows]
+    for _, tokens, language in bucketed(blocks, order, context.study.compute.lm_batch):
         mask = torch.from_numpy(position_mask(tokens, language, special)).flatten()
         states = hidden_states(lm, tokens, attention_mask(language), layers, cell)
         kept = torch.nonzero(mask).flatten()
