@@ -2,11 +2,14 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# The benchmarks' own environment, with the peers; make bench BENCH_FLAGS='--only sae --threads 1' (--help shows all)
+BENCH := .venv-bench
+BENCH_FLAGS ?=
 # Another package index for torch, where one is wanted: make setup TORCH_INDEX=URL
 TORCH_INDEX ?=
 PIP_FLAGS := --quiet --disable-pip-version-check -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: help setup setup-dev demo demo-full test test-browser lint docs clean
+.PHONY: help setup setup-dev demo demo-full test test-browser bench bench-quick lint docs clean
 
 help:
 	@echo "make setup      make the .venv and install glottoscope"
@@ -14,6 +17,8 @@ help:
 	@echo "make demo-full  the same with three sizes and the negative control (about 8 minutes)"
 	@echo "make test       run the tests"
 	@echo "make test-browser  look at a report in the system's Chromium (playwright drives it; no browser is downloaded)"
+	@echo "make bench      install the peers into $(BENCH) and run the benchmarks beside them (about an hour on 2 cores)"
+	@echo "make bench-quick  the same at small shapes (minutes), to see that all of it works"
 	@echo "make lint       ruff and pyright"
 	@echo "make docs       write docs/configuration.md and docs/tables.md from the code"
 
@@ -21,11 +26,11 @@ setup: $(VENV)/.installed
 setup-dev: $(VENV)/.installed-dev
 
 # Where venv lacks ensurepip (Debian without python3-venv), virtualenv brings its own pip.
-$(BIN)/python:
-	@$(PYTHON) -m venv $(VENV) 2>/dev/null || { \
-	  echo "python -m venv does not work here: using virtualenv"; rm -rf $(VENV); \
-	  $(PYTHON) -m pip install --quiet --target $(VENV)-bootstrap virtualenv && \
-	  PYTHONPATH=$(VENV)-bootstrap $(PYTHON) -m virtualenv --quiet $(VENV) && rm -rf $(VENV)-bootstrap; }
+$(BIN)/python $(BENCH)/bin/python: %/bin/python:
+	@$(PYTHON) -m venv $* 2>/dev/null || { \
+	  echo "python -m venv does not work here: using virtualenv"; rm -rf $*; \
+	  $(PYTHON) -m pip install --quiet --target $*-bootstrap virtualenv && \
+	  PYTHONPATH=$*-bootstrap $(PYTHON) -m virtualenv --quiet $* && rm -rf $*-bootstrap; }
 
 $(VENV)/.installed: $(BIN)/python pyproject.toml constraints.txt
 	@echo "installing glottoscope and what it needs into $(VENV) ..."
@@ -61,13 +66,26 @@ find-browser:
 	  command -v $$name >/dev/null && exit 0; done; \
 	  echo "no Chromium found; on Debian: apt install chromium fonts-noto-cjk" >&2; exit 1
 
+# Peers come without their dependencies: what they need is in peers.txt, and torch stays as it is.
+$(BENCH)/.installed: $(BENCH)/bin/python pyproject.toml constraints.txt benchmarks/peers.txt
+	@echo "installing glottoscope and the peers into $(BENCH) ..."
+	@$(BENCH)/bin/python -m pip install $(PIP_FLAGS) -e .
+	@$(BENCH)/bin/python -m pip install $(PIP_FLAGS) --no-deps -r benchmarks/peers.txt
+	@touch $@
+
+bench: $(BENCH)/.installed
+	@$(BENCH)/bin/python benchmarks/bench.py $(BENCH_FLAGS)
+
+bench-quick: $(BENCH)/.installed
+	@$(BENCH)/bin/python benchmarks/bench.py --quick $(BENCH_FLAGS)
+
 lint: setup-dev $(VENV)/.installed-browser
-	$(BIN)/ruff check src tests
-	$(BIN)/ruff format --check src tests
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check src tests benchmarks
 	$(BIN)/pyright
 
 docs: setup
 	$(BIN)/python -m glottoscope.study.reference docs
 
 clean:
-	rm -rf $(VENV) $(VENV)-bootstrap build src/*.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-bootstrap $(BENCH) $(BENCH)-bootstrap build src/*.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from glottoscope.features import alignment as alignment_module
 from glottoscope.features.alignment import alignment
 from glottoscope.features.bilingual import (
     SentenceFirings,
@@ -63,6 +64,29 @@ def test_firings_need_strength_a_counted_position_and_count_once() -> None:
     # Feature 0 is at its threshold in sentence 0 (not above), twice above in sentence 1; the last position is neutral.
     assert dense(got).tolist() == [[False, True, False], [True, False, False], [False] * 3]
     assert len(got.feature) == 2
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10_000), m=st.integers(0, 40), k=st.integers(1, 4), cut=st.integers(0, 40))
+def test_firings_and_their_chunks_equal_brute_force(seed: int, m: int, k: int, cut: int) -> None:
+    rng = np.random.default_rng(seed)
+    n_features, n_sentences = 6, 5
+    values = rng.integers(0, 4, (m, k)).astype(np.float32)
+    indices = np.argsort(rng.random((m, n_features)), axis=1)[:, :k]
+    sentence, counted = rng.integers(0, n_sentences, m), rng.random(m) < 0.7
+    threshold = np.array([0.0, 0.5, 1.0, 2.0, 2.5, np.inf])
+    expected = np.zeros((n_features, n_sentences), bool)
+    for i in range(m):
+        for value, feature in zip(values[i], indices[i], strict=True):
+            expected[feature, sentence[i]] |= counted[i] and value > 0 and value > threshold[feature]
+    parts = [
+        sentence_firings(values[s], indices[s], sentence[s], threshold, counted[s], n_sentences=n_sentences)
+        for s in (slice(None), slice(0, cut), slice(cut, None))
+    ]
+    for found in (parts[0], merge_firings(parts[1:])):
+        feature, where = np.nonzero(expected)
+        assert found.feature.tolist() == feature.tolist() and found.sentence.tolist() == where.tolist()
+        assert (found.n_features, found.n_sentences) == (n_features, n_sentences)
 
 
 def test_chunks_merge_to_the_whole() -> None:
@@ -272,3 +296,11 @@ def test_alignment_is_brute_force() -> None:
     assert result.value == pytest.approx(expected)
     assert alignment(a, b, np.zeros(9), seed=0) == (pytest.approx(expected), None, None)
     assert alignment(a[:1], b[:1], seed=0) == (None, None, None)
+
+
+def test_draws_in_chunks_are_the_kept_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(2)
+    a, b = rng.standard_normal((2, 60, 4))
+    whole = alignment(a, b, np.arange(60) // 3, n_boot=200, seed=5)
+    monkeypatch.setattr(alignment_module, "CHUNK_ENTRIES", 20 * 7)
+    assert alignment(a, b, np.arange(60) // 3, n_boot=200, seed=5) == pytest.approx(whole, rel=1e-9)

@@ -27,7 +27,7 @@ from glottoscope.features.collect import (
 N, K, V, G, BLOCK = 7, 3, 5, 2, 4
 
 
-def random_stream(seed: int, m: int, *, coarse: bool) -> dict[str, Any]:
+def random_stream(seed: int, m: int, *, coarse: bool, ordered: bool = False) -> dict[str, Any]:
     """M positions; `coarse` values are multiples of 0.1 in float32, so ties and values at the bound are common."""
     rng = np.random.default_rng(seed)
     values = rng.exponential(1, (m, K)).astype(np.float32)
@@ -36,7 +36,7 @@ def random_stream(seed: int, m: int, *, coarse: bool) -> dict[str, Any]:
     return {
         "values": values,
         "indices": np.argsort(rng.random((m, N)), axis=1)[:, :K],
-        "position_ids": rng.permutation(2 * m)[:m].astype(np.int64),
+        "position_ids": (np.arange(m) * 2 if ordered else rng.permutation(2 * m)[:m]).astype(np.int64),
         "tokens": rng.integers(0, V, m).astype(np.uint32),
         "language": rng.integers(0, G, m).astype(np.uint8),
     }
@@ -81,11 +81,12 @@ def assert_same(a: Collected, b: Collected) -> None:
     buffer=st.integers(1, 60),
     collectors=st.integers(1, 3),
     coarse=st.booleans(),
+    ordered=st.booleans(),
 )
 def test_any_chunking_and_merge_equals_brute_force(
-    seed: int, m: int, cuts: list[int], buffer: int, collectors: int, coarse: bool
+    seed: int, m: int, cuts: list[int], buffer: int, collectors: int, coarse: bool, ordered: bool
 ) -> None:
-    stream = random_stream(seed, m, coarse=coarse)
+    stream = random_stream(seed, m, coarse=coarse, ordered=ordered)
     whole = collect(stream, [])
     assert_same(whole, collect(stream, cuts, buffer=buffer, collectors=collectors))
 
@@ -114,6 +115,16 @@ def test_order_of_the_stream_does_not_matter() -> None:
     order = np.random.default_rng(0).permutation(50)
     shuffled = {name: column[order] for name, column in stream.items()}
     assert_same(collect(stream, [10, 20]), collect(shuffled, [7, 33], buffer=5))
+
+
+def test_features_beyond_16_bits_are_sorted_as_the_others() -> None:
+    rng = np.random.default_rng(0)
+    feature = rng.permutation(2**16 + 50)[:200].reshape(100, 2)
+    collector = FeatureCollector(2**16 + 50, 1, 1)
+    collector.update(np.ones((100, 2)), feature, np.arange(100), np.zeros(100), np.zeros(100, np.uint8))
+    found = collector.finish()
+    np.testing.assert_array_equal(found.feature, np.sort(feature.reshape(-1)))
+    np.testing.assert_array_equal(found.position, np.argsort(feature.reshape(-1)) // 2)
 
 
 def test_memory_stays_bounded_by_the_survivors_and_the_buffer() -> None:

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pytest
 from scipy import stats
 
+from glottoscope.features import bootstrap
 from glottoscope.features.bootstrap import multinomial_weights, resample_ratios
 from glottoscope.features.evolution import (
     base_model,
@@ -111,6 +112,14 @@ def test_bootstrap_error_is_that_of_a_ratio() -> None:
     assert result.draws[0].std() == pytest.approx(x.std() / np.sqrt(5000), rel=0.06)
     weights = multinomial_weights(np.random.default_rng(0), 50, 7)
     assert weights.shape == (50, 7) and (weights.sum(axis=1) == 7).all()
+
+
+def test_bootstrap_weights_count_the_draws_however_many_are_made_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = np.random.default_rng(3).integers(0, 13, size=(40, 13))
+    expected = np.stack([np.bincount(row, minlength=13) for row in drawn])
+    for at_once in (1, 13 * 7, 10**6):
+        monkeypatch.setattr(bootstrap, "_DRAWN_ENTRIES", at_once)
+        np.testing.assert_array_equal(multinomial_weights(np.random.default_rng(3), 40, 13), expected)
 
 
 def test_turning_step_falls_and_rises() -> None:

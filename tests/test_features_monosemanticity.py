@@ -17,8 +17,10 @@ from glottoscope.features.clustering import (
     average_linkage,
     batched_average_linkage,
     centre_by_language,
+    cluster_at,
     cluster_tokens,
     cosine_threshold,
+    cosine_thresholds,
     random_floor,
     row_labels,
     shuffled_floor,
@@ -179,6 +181,42 @@ def test_theta_is_the_percentile_over_frequency_weighted_pairs_of_distinct_token
     assert abs(found - exact) < 0.01
     assert found == cosine_threshold(unit, weights, seed=0, percentile=90) != cosine_threshold(unit, weights, seed=1)
     assert cosine_threshold(unit, np.eye(30)[0], seed=0) == 1.0
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 2**32), n_tokens=st.integers(2, 60), skew=st.floats(0, 3))
+def test_thresholds_are_percentiles_over_the_drawn_pairs(seed: int, n_tokens: int, skew: float) -> None:
+    rng = np.random.default_rng(seed)
+    unit, n_pairs = blobs(rng, n_tokens), 500
+    weights = np.floor(1000 * rng.random(n_tokens) / np.arange(1, n_tokens + 1) ** skew)
+    weights[:2] += 1
+    cumulative = np.cumsum(weights)
+    draw = np.random.default_rng(seed).random((2, n_pairs)) * cumulative[-1]
+    a, b = np.searchsorted(cumulative, draw, side="right")
+    cosine = np.einsum("pd,pd->p", unit[a[a != b]], unit[b[a != b]])
+    if not len(cosine):
+        return
+    percentiles = (50.0, 95.0, 99.0)
+    found = cosine_thresholds(unit, weights, percentiles, seed=seed, n_pairs=n_pairs)
+    assert found == [float(np.percentile(cosine, p)) for p in percentiles]
+    assert found[1] == cosine_threshold(unit, weights, seed=seed, percentile=95.0, n_pairs=n_pairs)
+
+
+def test_one_tree_cut_at_several_thresholds_is_several_clusterings(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(5)
+    unit = blobs(rng, 90)
+    weights = (rng.random(90) < 0.8) * rng.integers(1, 50, 90)
+    thetas = (-0.2, 0.3, 0.9)
+    cuts = cluster_at(unit, weights, thetas)
+    assert len({c.n_clusters for c in cuts}) == 3
+    for block in (clustering_module.BATCH_ELEMENTS, 700):  # the distances at once, and a few rows at a time
+        monkeypatch.setattr(clustering_module, "BATCH_ELEMENTS", block)
+        for theta, cut in zip(thetas, cuts, strict=True):
+            alone = cluster_tokens(unit, weights, seed=0, theta=theta)
+            assert cut.theta == theta and cut.n_clusters == alone.n_clusters
+            assert cut.labels is not None and alone.labels is not None
+            np.testing.assert_array_equal(cut.labels, alone.labels)
+    assert [c.labels for c in cluster_at(unit, weights, thetas, max_tokens=10)] == [None] * 3
 
 
 def test_centring_uses_each_language_own_occurring_tokens() -> None:

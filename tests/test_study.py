@@ -12,11 +12,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import tomli_w
 import torch
 from study_fixture import PLANTED, contents, planted, planted_model, run, text_study, work_done, write_jsonl
 
 import glottoscope as gs
 from glottoscope.errors import InputError
+from glottoscope.study.load import parse_study
+from glottoscope.study.plan import expand, lm_memory, sae_memory
 from glottoscope.study.store import RunStore
 
 KEYS = ["control", "family", "model", "d_model", "n_params", "step", "tokens_seen", "layer", "lm_seed", "sae_seed"]
@@ -287,13 +290,22 @@ def test_one_checkpoint_only(tmp_path: Path) -> None:
     assert (store.report_dir / "index.html").exists()
 
 
+def one_layer_gb() -> float:
+    """Memory for the tiny study's language model and the SAE of one layer, not of two."""
+    study = parse_study(tomli_w.dumps(planted()), name="tiny", folder=Path())
+    (model,) = expand(study)
+    assert model.shape is not None
+    sae = sae_memory(model.shape.d_model, study.sae, 1, 1, study.sae.buffer_tokens)
+    return (lm_memory(study, model.shape, 2) + sae * 1.01) / 2**30
+
+
 @pytest.mark.parametrize(
     "changes",
     [
         {"features": {"rule": "script"}},
         {"features": {"rule": "v1"}},
         {"features": {"theta": 0.5, "example_features": 3}},
-        {"compute": {"memory_gb": 0.0008}},
+        {"compute": {"memory_gb": one_layer_gb()}},
         {"corpus": {"shared_tokens": True}},
     ],
     ids=["script", "v1", "theta", "groups", "shared"],

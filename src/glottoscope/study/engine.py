@@ -82,12 +82,15 @@ def _start_worker(messages: Any, threads: int, fast_matmul: bool) -> None:
 
 def _prepare_process(threads: int, fast_matmul: bool) -> None:
     import torch
+    from threadpoolctl import threadpool_limits
     from transformers.utils import logging
 
     from glottoscope.sae.matmul import enable_fast_matmul
 
     logging.disable_progress_bar()  # one view of the progress, ours
     torch.set_num_threads(threads)
+    # numpy's and scipy's products have threads of their own: with every core at work they wait for each other.
+    threadpool_limits(threads, user_api="blas")
     # Chosen only where a measurement shows that it is true float32 here; `status` says which is in use. Never beside an
     # accelerator: the switch is process-wide, and there it would mean TF32.
     if fast_matmul:

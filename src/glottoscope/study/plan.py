@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -149,11 +150,16 @@ def mlp_width(d_model: int) -> int:
     return max(8, 8 * round(d_model / 3))
 
 
+@cache
+def _planted_vocabulary(seed: int, shared_tokens: bool) -> int:
+    from glottoscope.corpus.planted import PlantedWorld
+
+    return len(PlantedWorld(seed, shared_tokens=shared_tokens).vocabulary)
+
+
 def _vocabulary(study: Study) -> int:
     if isinstance(study.corpus, PlantedCorpus):
-        from glottoscope.corpus.planted import PlantedWorld
-
-        return len(PlantedWorld(study.corpus.seed, shared_tokens=study.corpus.shared_tokens).vocabulary)
+        return _planted_vocabulary(study.corpus.seed, study.corpus.shared_tokens)
     if study.corpus.tokenizer_training is not None:
         return study.corpus.tokenizer_training.vocab_size
     return 32_000  # a given tokenizer is only read when the study runs

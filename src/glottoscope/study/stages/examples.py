@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +18,8 @@ from glottoscope.features.collect import Collected, Examples, top_examples
 from glottoscope.study.plan import Cell, seed_for
 from glottoscope.study.stages.context import Context, Vocabulary
 from glottoscope.study.stages.passes import Codes, Collecting, Setup, positions
+
+TEXT_TOKENS = 1_000_000  # put together at a time, so that the bytes' index stays small
 
 
 def choose_examples(context: Context, collected: Collected, width: int, key: Setup) -> Examples:
@@ -96,32 +99,41 @@ def examples_table(
     context: Context, examples: Examples, windows: Windows, blocks: TokenBlocks, vocabulary: Vocabulary,
     documents: list[str],
 ) -> pa.Table:  # fmt: skip
-    window = windows.activations.shape[1]
-    columns = windows.start[:, None] + np.arange(window)
-    tokens = np.asarray(blocks.tokens[examples.block[:, None], columns]) if len(columns) else np.zeros((0, window), np.uint32)
-    document = np.asarray(blocks.document[examples.block, examples.t])
-    language = np.asarray(blocks.language[examples.block, examples.t])
-    pieces = vocabulary.piece
-    codes = np.array(context.token_info.languages)
-    size = pa.list_(pa.float32())
+    """The examples with their windows; documents and languages are those of the strongest position."""
+    n, window = windows.activations.shape
+    tokens = np.asarray(blocks.tokens[examples.block[:, None], windows.start[:, None] + np.arange(window)])
+    document = pa.array(np.asarray(blocks.document[examples.block, examples.t]), pa.int64())
+    language = pa.array(np.asarray(blocks.language[examples.block, examples.t]), pa.int64())
+    offsets = pa.array(np.arange(n + 1, dtype=np.int32) * window)
     return pa.table({
         "feature": examples.feature.astype(np.int32),
         "rank": examples.rank.astype(np.int32),
-        "document": [documents[i] for i in document.tolist()],
-        "language": codes[language].tolist() if len(language) else pa.array([], pa.string()),
+        "document": pa.array(documents, pa.string()).take(document),
+        "language": pa.array(context.token_info.languages, pa.string()).take(language),
         "block": examples.block.astype(np.int64),
         "position": examples.t.astype(np.int32),
         "window_start": windows.start.astype(np.int32),
         "value": examples.value.astype(np.float32),
-        "tokens": pa.array(list(tokens), pa.list_(pa.uint32())),
-        "activations": pa.array(list(windows.activations), size),
-        "text": pa.array([_text_of(pieces, row) for row in tokens.tolist()], pa.string()),
+        "tokens": pa.ListArray.from_arrays(offsets, pa.array(tokens.reshape(-1), pa.uint32())),
+        "activations": pa.ListArray.from_arrays(offsets, pa.array(windows.activations.reshape(-1), pa.float32())),
+        "text": pa.array(texts_of(vocabulary.piece, tokens), pa.string()),
     })  # fmt: skip
 
 
-def _text_of(pieces: list[bytes], tokens: list[int]) -> str:
-    """Text of a window; a character cut at its edge shows as U+FFFD."""
-    return b"".join([pieces[t] for t in tokens]).decode("utf-8", errors="replace")
+def texts_of(pieces: list[bytes], tokens: NDArray[Any]) -> list[str]:
+    """Text of each row of token ids [E, W]; a character cut at its edge shows as U+FFFD."""
+    vocabulary = pa.array(pieces, pa.large_binary())
+    texts: list[str] = []
+    step = max(1, TEXT_TOKENS // max(1, tokens.shape[1]))
+    for first in range(0, len(tokens), step):
+        rows = tokens[first : first + step]
+        # Arrow lays the bytes of one token after those of the other: a row's text is one stretch of them.
+        taken = vocabulary.take(pa.array(rows.reshape(-1)))
+        _, ends, data = taken.buffers()
+        edges = np.frombuffer(ends, np.int64)[: rows.size + 1 : rows.shape[1]].tolist()
+        text = memoryview(data or b"")
+        texts += [str(text[i:j], "utf-8", "replace") for i, j in pairwise(edges)]
+    return texts
 
 
 def document_ids(context: Context) -> list[str]:

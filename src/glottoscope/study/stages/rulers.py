@@ -32,7 +32,7 @@ class Ruler(NamedTuple):
 
     clustering: Clustering
     shuffled: Clustering
-    random: Clustering
+    random: Clustering | None  # of the embeddings only: it is clustered anew, and no one asks for it elsewhere
     weights: NDArray[np.int64]
 
 
@@ -99,5 +99,7 @@ def load_ruler(context: Context, run: ModelRun, name: str) -> Ruler:
     clustering = Clustering(unit_rows(vectors), weights > 0, theta, labels, n_clusters)
     seed = seed_for(context.study, "floors", name)
     shuffled = shuffled_floor(clustering, weights, seed=seed, n_strata=CENTRED_STRATA)
-    random = random_floor(clustering, weights, seed=seed, max_tokens=context.study.features.cluster_tokens)
+    random = None
+    if name == "embeddings":
+        random = random_floor(clustering, weights, seed=seed, max_tokens=context.study.features.cluster_tokens)
     return Ruler(clustering, shuffled, random, weights)

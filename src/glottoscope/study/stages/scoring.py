@@ -192,6 +192,7 @@ def lm_learning_rate(context: Context, cell: Cell) -> float | None:
 def _floors(tokens: Groups, n: int, alive: NDArray[np.bool_], embeddings: Ruler, hidden: Ruler, draws: int) -> dict[str, Any]:
     """What R and coherence are without meaning: cluster labels shuffled within classes of frequency, random vectors."""
     floors: dict[str, Any] = {}
+    assert embeddings.random is not None
     for name, clustering in (("shuffled", embeddings.shuffled), ("random", embeddings.random)):
         labels, _ = row_labels(clustering, tokens, n)
         floors[f"monosemanticity_floor_{name}"] = _mean(monosemanticity(tokens, labels, n).r, alive)
