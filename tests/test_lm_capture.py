@@ -12,6 +12,7 @@ from transformers import (
     GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
+    LlamaForCausalLM,
     Olmo2Config,
     OlmoConfig,
     PretrainedConfig,
@@ -20,8 +21,9 @@ from transformers import (
 )
 
 from glottoscope.errors import InputError
-from glottoscope.lm.capture import capture
+from glottoscope.lm.capture import capture, capture_and_finish
 from glottoscope.lm.layers import decoder_blocks, embedding_module, n_layers
+from glottoscope.lm.llama_pass import knows
 
 COMMON: dict[str, Any] = {
     "vocab_size": 50,
@@ -198,3 +200,51 @@ def test_unknown_architectures() -> None:
         ambiguous: Any = OddNames(n_lists)
         with pytest.raises(InputError, match="cannot find the 3 decoder blocks of OddNames"):
             decoder_blocks(ambiguous)
+
+
+LLAMAS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "grouped": {"num_attention_heads": 4, "num_key_value_heads": 2},
+    "wide heads": {"head_dim": 12},
+    "linear": {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}},
+    "bias": {"attention_bias": True, "mlp_bias": True},
+}
+
+
+@pytest.mark.parametrize("kind", list(LLAMAS))
+def test_the_short_pass_of_a_llama_is_its_ordinary_pass(kind: str) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(LlamaConfig(**{**COMMON, **LLAMAS[kind]})).eval()
+        for parameter in model.parameters():
+            parameter.data += 0.2 * torch.randn_like(parameter)
+    ids = tokens()
+    assert knows(model) == (kind != "bias")
+    states, last = capture_and_finish(model, ids, torch.ones_like(ids), ALL_LAYERS)
+    few = capture(model, ids, torch.ones_like(ids), (2, 0))
+    handle = model.model.layers[0].register_forward_hook(lambda *_: None)  # a hook: the ordinary way
+    assert not knows(model)
+    expected, ordinary_last = capture_and_finish(model, ids, torch.ones_like(ids), ALL_LAYERS)
+    handle.remove()
+    for layer in ALL_LAYERS:
+        torch.testing.assert_close(states[layer], expected[layer], rtol=2e-5, atol=2e-5)
+    torch.testing.assert_close(last, ordinary_last, rtol=2e-5, atol=2e-5)
+    assert list(few) == [2, 0] and all(torch.equal(few[layer], states[layer]) for layer in few)
+
+
+def test_a_module_in_anothers_place_is_called() -> None:
+    model: Any = make("llama")
+    ids = tokens()
+    before = capture(model, ids, torch.ones_like(ids), [3])[3]
+
+    class Doubled(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return 2 * super().forward(input)
+
+    old = model.model.layers[0].mlp.up_proj
+    new = Doubled(old.in_features, old.out_features, bias=False)
+    new.weight.data = old.weight.data / 2
+    model.model.layers[0].mlp.up_proj = new
+    torch.testing.assert_close(capture(model, ids, torch.ones_like(ids), [3])[3], before)
+    new.weight.data = old.weight.data
+    assert not torch.allclose(capture(model, ids, torch.ones_like(ids), [3])[3], before, atol=1e-2)

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from glottoscope.errors import InputError
 from glottoscope.lm.layers import decoder_blocks
+from glottoscope.lm.llama_pass import knows, llama_states
 
 
 class _AllCaptured(Exception):
@@ -62,6 +63,8 @@ def _capture(
         raise InputError(f"layer {outside[0]} does not exist: the model has {len(blocks)} layers, use 0..{len(blocks)}")
     if not layers and stop:
         return {}, None
+    if right_padded(attention_mask) and knows(model):
+        return llama_states(model, input_ids, layers, finish=not stop)
     last, output = max(layers, default=0), None
     states: dict[int, Tensor] = {}
 
@@ -92,13 +95,18 @@ def forward_arguments(model: PreTrainedModel, attention_mask: Tensor) -> dict[st
     without `position_ids` (ALiBi) derive them from the mask themselves. Padding on the right only needs no mask: a
     causal model's real positions never see it, and attention without a mask is several times faster.
     """
-    real = attention_mask.bool()
-    if not bool((real[:, 1:] & ~real[:, :-1]).any()):
+    if right_padded(attention_mask):
         return {"use_cache": False}
     arguments: dict[str, Any] = {"attention_mask": attention_mask.long(), "use_cache": False}
     if "position_ids" in inspect.signature(model.base_model.forward).parameters:
         arguments["position_ids"] = (arguments["attention_mask"].cumsum(-1) - 1).clamp_min(0)
     return arguments
+
+
+def right_padded(attention_mask: Tensor) -> bool:
+    """Whether no padding [B, T] stands before a real token."""
+    real = attention_mask.bool()
+    return not bool((real[:, 1:] & ~real[:, :-1]).any())
 
 
 def _input_hook(keep: Callable[[int, Tensor], None]) -> Callable[..., None]:

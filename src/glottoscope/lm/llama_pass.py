@@ -1,0 +1,110 @@
+"""Hidden states of a Llama on a CPU in float32: the arithmetic of `LlamaModel`, over its own parameters, in fewer passes.
+
+A small model spends a third of a forward pass between its matrix products. Here q, k and v are one product, gate and up
+another, residuals are added by the product that makes them, and rotation and gating write in place. The states agree with
+the Hugging Face model's to rounding (tests). Anything this module does not know goes the ordinary way (`lm.capture`).
+
+Shape legend: B sequences, T positions, M = B * T positions, D d_model, H heads, G key heads, E head width, F MLP width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
+from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
+    LlamaDecoderLayer,
+    LlamaMLP,
+    LlamaModel,
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+)
+
+PLAIN = {
+    LlamaModel, LlamaDecoderLayer, LlamaAttention, LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding, nn.Linear, nn.Embedding,
+    nn.ModuleList,
+}  # fmt: skip
+SILU = type(ACT2FN["silu"])
+
+
+def knows(model: PreTrainedModel) -> bool:
+    """Whether `llama_states` computes what this model computes: a plain Llama in float32 on a CPU, no hooks."""
+    base: Any = model.base_model
+    if type(base) is not LlamaModel or base.training:
+        return False
+    config, weight = base.config, base.embed_tokens.weight
+    plain = config.hidden_act == "silu" and not config.attention_bias and not config.mlp_bias
+    if not plain or weight.device.type != "cpu" or weight.dtype != torch.float32:
+        return False
+    # A module put in another's place (adapters, quantised weights) is not what its name says, and a hook of the user's
+    # (steering, patching) must see its module called.
+    return all(
+        (type(module) in PLAIN or isinstance(module, SILU)) and not module._forward_hooks and not module._forward_pre_hooks
+        for module in base.modules()
+    )
+
+
+@torch.no_grad()
+def llama_states(
+    model: PreTrainedModel, ids_BT: Tensor, layers: Sequence[int], *, finish: bool
+) -> tuple[dict[int, Tensor], Tensor | None]:
+    """States of `layers` (0: embeddings, L: output of block L) and, with `finish`, the state after the final norm.
+
+    Args:
+        ids_BT: LongTensor; padding, if any, on the right.
+
+    Returns:
+        layer -> [B, T, D], and [B, T, D] or None. Blocks above the highest layer are left out unless `finish`.
+    """
+    base: Any = model.base_model
+    config = base.config
+    n_rows, length = ids_BT.shape
+    n_heads, n_key_heads = config.num_attention_heads, config.num_key_value_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // n_heads
+    x_MD = F.embedding(ids_BT.reshape(-1), base.embed_tokens.weight)
+    position_1T = torch.arange(length)[None]
+    cos_1TE, sin_1TE = base.rotary_emb(x_MD, position_1T)
+    half = width // 2
+    tables = cos_1TE[0, :, None, :half], sin_1TE[0, :, None, :half]
+    states: dict[int, Tensor] = {0: x_MD} if 0 in layers else {}
+    depth = len(base.layers) if finish else max(layers, default=0)
+    for number, block in enumerate(base.layers[:depth], start=1):
+        attention, mlp = block.self_attn, block.mlp
+        qkv_weight = torch.cat([attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight])
+        u_MD = _rms_norm(x_MD, block.input_layernorm)
+        qkv_BTHE = (u_MD @ qkv_weight.T).view(n_rows, length, n_heads + 2 * n_key_heads, width)
+        _rotate(qkv_BTHE[:, :, : n_heads + n_key_heads], *tables)
+        q_BHTE, k_BGTE, v_BGTE = qkv_BTHE.transpose(1, 2).split([n_heads, n_key_heads, n_key_heads], dim=1)
+        mixed_BHTE = F.scaled_dot_product_attention(
+            q_BHTE, k_BGTE, v_BGTE, is_causal=True, scale=attention.scaling, enable_gqa=n_key_heads != n_heads
+        )
+        mixed_MX = mixed_BHTE.transpose(1, 2).reshape(n_rows * length, n_heads * width)
+        # Out of place: the state before may be one that was asked for.
+        x_MD = torch.addmm(x_MD, mixed_MX, attention.o_proj.weight.T)
+        u_MD = _rms_norm(x_MD, block.post_attention_layernorm)
+        gate_MF, up_MF = u_MD @ mlp.gate_proj.weight.T, u_MD @ mlp.up_proj.weight.T
+        x_MD.addmm_(F.silu(gate_MF, inplace=True).mul_(up_MF), mlp.down_proj.weight.T)
+        if number in layers:
+            states[number] = x_MD
+    last_MD = _rms_norm(x_MD, base.norm) if finish else None
+    shape = (n_rows, length, -1)
+    return {layer: states[layer].view(shape) for layer in layers}, None if last_MD is None else last_MD.view(shape)
+
+
+def _rms_norm(x_MD: Tensor, norm: Any) -> Tensor:
+    mean_M1 = torch.linalg.vector_norm(x_MD, dim=1, keepdim=True).square_().div_(x_MD.shape[1])
+    return (x_MD * mean_M1.add_(norm.variance_epsilon).rsqrt_()).mul_(norm.weight)
+
+
+def _rotate(x_BTHE: Tensor, cos_T1e: Tensor, sin_T1e: Tensor) -> None:
+    """Rotary embedding in place: the first half of a head's numbers with the second."""
+    first, second = x_BTHE.chunk(2, dim=-1)
+    kept = first.clone()
+    first.mul_(cos_T1e).addcmul_(second, sin_T1e, value=-1)
+    second.mul_(cos_T1e).addcmul_(kept, sin_T1e)
