@@ -17,7 +17,7 @@ from glottoscope.errors import InputError
 from glottoscope.study.config import CheckpointModel, PlantedCorpus, PretrainModel, SAEConfig, Shape, Study, TextCorpus
 
 BYTES = 4  # fp32: SAE weights and Adam's moments
-PROCESS = 480 * 2**20  # resident memory of Python with torch, transformers and numba imported, measured on Linux
+PROCESS = 650 * 2**20  # resident memory of Python with torch, transformers and compiled loops, measured on Linux
 
 
 @dataclass(frozen=True)

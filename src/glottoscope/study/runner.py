@@ -179,7 +179,7 @@ def _matmul(study: Study) -> str:
     from glottoscope.sae.matmul import enable_fast_matmul, matmul_error
 
     fast = choose_device(study.compute.device) == "cpu" and enable_fast_matmul()
-    path = "fast path, checked as true float32" if fast else "torch's default"
+    path = 'setting "medium", checked as true float32' if fast else "torch's default"
     return f"{path} (largest error {matmul_error():.0e})"
 
 
