@@ -166,6 +166,10 @@ def test_state_of_other_settings_or_shape_is_refused() -> None:
         SAETrainer(TopKSAE(D, N + 1, K), 3e-3).load_state_dict(state)
 
 
+    with pytest.raises(InputError, match="older version"):
+        SAETrainer(TopKSAE(D, N, K), 3e-3).load_state_dict({k: v for k, v in state.items() if k != "adam"})
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("at", [0, 2])
 def test_nonfinite_input_stops_before_any_weight_changes(bad: float, at: int) -> None:

@@ -121,6 +121,8 @@ class SAETrainer:
         Raises:
             InputError: settings or shapes differ; nothing has changed then.
         """
+        if "adam" not in state:
+            raise InputError("trainer state has no entry 'adam': it was saved by an older version; train again")
         settings = {**state["settings"], "betas": tuple(state["settings"]["betas"])}
         different = [key for key, value in self._settings.items() if settings.get(key) != value]
         if different:
