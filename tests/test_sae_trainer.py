@@ -164,8 +164,6 @@ def test_state_of_other_settings_or_shape_is_refused() -> None:
         SAETrainer(TopKSAE(D, N, K), 1e-3).load_state_dict(state)
     with pytest.raises(InputError, match="W_enc"):
         SAETrainer(TopKSAE(D, N + 1, K), 3e-3).load_state_dict(state)
-
-
     with pytest.raises(InputError, match="older version"):
         SAETrainer(TopKSAE(D, N, K), 3e-3).load_state_dict({k: v for k, v in state.items() if k != "adam"})
 
