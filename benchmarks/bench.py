@@ -153,6 +153,7 @@ def parse(arguments: Sequence[str]) -> tuple[Options, Path]:
     )
     parser.add_argument("--quick", action="store_true", help="small shapes, one round, no study: to see that all of it works")
     parser.add_argument("--baseline", type=Path, metavar="TREE", help="source tree of another commit, for the study")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep the study's run directory of this tree as FOLDER")
     parser.add_argument("--full", action="store_true", help="the study with three sizes (8 minutes a run)")
     parser.add_argument("--out", type=Path, default=HERE / "results", metavar="FOLDER", help="default: benchmarks/results")
     a = parser.parse_args(arguments)
@@ -163,7 +164,7 @@ def parse(arguments: Sequence[str]) -> tuple[Options, Path]:
         shapes=tuple(a.shapes or (QUICK_SHAPES if a.quick else SHAPES)),
         thread_counts=tuple(a.threads or ((1,) if a.quick else (1, 2))),
         steps=a.steps, rounds=a.rounds or (1 if a.quick else 2), k=a.k, kernels=tuple(a.kernel), only=tuple(a.only),
-        quick=a.quick, baseline=a.baseline, full=a.full,
+        quick=a.quick, baseline=a.baseline, full=a.full, keep=a.keep,
     )  # fmt: skip
     return options, a.out
 
@@ -204,7 +205,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(text)
     if path is not None:
         print(f"{path} and .json written", file=sys.stderr)
-    return 130 if options.interrupted else 0
+    failed = any("error" in section.record for section in sections.values())
+    return 130 if options.interrupted else int(failed)
 
 
 if __name__ == "__main__":

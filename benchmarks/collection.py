@@ -16,8 +16,6 @@ import argparse
 import heapq
 import json
 import math
-import resource
-import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
@@ -26,7 +24,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from harness import Section
+from harness import Section, peak_memory, reset_peak
 from numpy.typing import NDArray
 
 from glottoscope.features.bilingual import (
@@ -138,15 +136,11 @@ class Clock:
         return result
 
 
-def peak_memory() -> float:
-    """Highest resident memory of this process, MB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (MB if sys.platform == "darwin" else 1024)
-
-
 def measure(options: Options) -> dict[str, Any]:
     """Time every step on the same codes; the record of the section."""
     torch.set_num_threads(options.threads)
     codes, clock = Codes(options), Clock()
+    reset_peak()
     before = peak_memory()
     n, g = options.n, len(LANGUAGES)
 
@@ -190,7 +184,7 @@ def measure(options: Options) -> dict[str, Any]:
     }  # fmt: skip
     clock("bootstrap of the measures (1,000 draws)", lambda: evolution_row(table, LANGUAGES, n_boot=1000, seed=0))
     quality(options, clock)
-    peak = peak_memory() - before
+    peak = (peak_memory() - before) / MB
 
     fixed = ("phi and its null", "firings", "bootstrap", "language table")
     scale = 1e6 / options.tokens

@@ -80,6 +80,7 @@ class Options:
     quick: bool = False
     baseline: Path | None = None
     full: bool = False
+    keep: Path | None = None
     interrupted: bool = False
 
     def wants(self, section: str) -> bool:

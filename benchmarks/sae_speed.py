@@ -169,13 +169,13 @@ def judge(options: Options, results: Results) -> list[Verdict]:
         share = own / least if own and least else None
         found.append(Verdict(f"peak memory of the step at {MAIN}: <= 65 % of the best peer's", t, share, 0.65, False))
         found.append(Verdict(f"step at {WIDE}: >= 2.5 x sparsify's default", t, faster("sparsify", t, WIDE), 2.5))
-        shares = [
-            own / other
+        pairs = [
+            (number("glottoscope", t, "memory_mb", shape, what), number(peer, t, "memory_mb", shape, what))
             for what in ("train", "encode") for shape in options.shapes for peer in ("saelens", "dictionary_learning")
-            if (own := number("glottoscope", t, "memory_mb", shape, what))
-            and (other := number(peer, t, "memory_mb", shape, what))
         ]  # fmt: skip
-        found.append(Verdict("peak memory below the dense peers': largest share of all", t, max(shares, default=None), 1.0, False))
+        known = [own / other for own, other in pairs if own and other]
+        largest = max(known) if known and len(known) == len(pairs) else None
+        found.append(Verdict("peak memory below the dense peers': largest share of all", t, largest, 1.0, False))
     return found
 
 

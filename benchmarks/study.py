@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -44,6 +45,8 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
         whole = time.monotonic() - started
         if done.returncode != 0:
             raise SystemExit((done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1])
+        if task["keep"] and not Path(task["keep"]).exists():
+            shutil.copytree(out, task["keep"])
         lines = [json.loads(line) for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     stages: dict[str, float] = {}
     for line in lines:
@@ -57,7 +60,8 @@ def run(options: Options) -> Section:
     trees = {"current": ROOT} | ({"baseline": options.baseline} if options.baseline else {})
     jobs = []
     for name, tree in trees.items():
-        task = json.dumps({"tree": str(tree), "full": options.full})
+        keep = str(options.keep) if options.keep is not None and name == "current" else None
+        task = json.dumps({"tree": str(tree), "full": options.full, "keep": keep})
         jobs.append(Job(f"study/{name}", (sys.executable, str(HERE / "study.py"), task), rounds=options.rounds))
     results = interleave(jobs, options, Progress(jobs))
     commits = {name: git_state(Path(tree)) for name, tree in trees.items()}

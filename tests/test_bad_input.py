@@ -221,7 +221,7 @@ def with_nan(folder: Path) -> None:
 
 
 def with_overflow(folder: Path) -> None:
-    changed(folder, "model.layers.0.mlp.down_proj.weight", 3e38)
+    changed(folder, "model.layers.0.input_layernorm.weight", 1e30)  # attention scores beyond float32
 
 
 def without_a_tensor(folder: Path) -> None:
@@ -237,7 +237,7 @@ def without_a_tensor(folder: Path) -> None:
         (truncated, ["step_20", "model.safetensors is truncated or corrupt"]),
         (broken_config, ["step_20", "config.json"]),
         (with_nan, ["step_20", "model.layers.0.mlp.up_proj.weight holds NaN or Inf"]),
-        (with_overflow, ["cell lm@20, layer 1", "NaN or Inf in the hidden states"]),
+        (with_overflow, ["cell lm@20, layer 1", "NaN or Inf in the hidden states", "before SAE step 0"]),
         (without_a_tensor, ["step_20", "lacks the weight model.layers.1.mlp.up_proj.weight"]),
     ],
 )

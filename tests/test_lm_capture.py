@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
+    BertConfig,
+    BertLMHeadModel,
     GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
@@ -21,7 +23,7 @@ from transformers import (
 )
 
 from glottoscope.errors import InputError
-from glottoscope.lm.capture import capture, capture_and_finish
+from glottoscope.lm.capture import capture, capture_and_finish, forward_arguments
 from glottoscope.lm.layers import decoder_blocks, embedding_module, n_layers
 from glottoscope.lm.llama_pass import knows
 
@@ -207,6 +209,17 @@ LLAMAS: dict[str, dict[str, Any]] = {
     "grouped": {"num_attention_heads": 4, "num_key_value_heads": 2},
     "wide heads": {"head_dim": 12},
     "linear": {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}},
+    "dynamic": {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}},
+    "llama3": {
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 16,
+            "rope_theta": 10000.0,
+        }
+    },
     "bias": {"attention_bias": True, "mlp_bias": True},
 }
 
@@ -248,3 +261,15 @@ def test_a_module_in_anothers_place_is_called() -> None:
     torch.testing.assert_close(capture(model, ids, torch.ones_like(ids), [3])[3], before)
     new.weight.data = old.weight.data
     assert not torch.allclose(capture(model, ids, torch.ones_like(ids), [3])[3], before, atol=1e-2)
+
+
+def test_a_mask_is_left_out_only_where_it_changes_nothing() -> None:
+    full, right = torch.ones(2, 4), torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+    left, hole = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]]), torch.tensor([[1, 0, 1, 1], [1, 1, 1, 1]])
+    model = make("llama")
+    masked = ["attention_mask" in forward_arguments(model, m) for m in (full, right, left, hole)]
+    assert masked == [False, False, True, True]
+    both_ways = BertLMHeadModel(
+        BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24)
+    )
+    assert "attention_mask" in forward_arguments(both_ways, right)

@@ -187,3 +187,17 @@ def test_load_errors_name_the_file_and_what_is_wrong(tmp_path: Path) -> None:
     (folder / "cfg.json").write_text("{")
     with pytest.raises(InputError, match="not valid JSON"):
         TopKSAE.load(folder)
+
+
+def test_encoding_leaves_the_callers_states_alone() -> None:
+    """Without normalisation the states are the caller's own memory."""
+    for normalization in ("none", "unit"):
+        sae = TopKSAE(8, 40, 4, normalization=normalization)
+        sae.b_dec.add_(0.7)
+        x = torch.randn(30, 8, generator=torch.Generator().manual_seed(1))
+        kept = x.clone()
+        first, second = sae.encode(x), sae.encode(x)
+        assert torch.equal(x, kept)
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+        pre = (sae.normalize(x) - sae.b_dec) @ sae.W_enc.T
+        assert torch.allclose(first[0], pre.topk(4, dim=1).values.relu(), atol=1e-5)

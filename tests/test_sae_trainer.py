@@ -18,6 +18,7 @@ from glottoscope.errors import InputError, NonFiniteError
 from glottoscope.sae.kernels import Forward
 from glottoscope.sae.kernels.chunked import ChunkedKernel
 from glottoscope.sae.model import TENSOR_NAMES, TopKSAE, geometric_median
+from glottoscope.sae.scratch import Scratch
 from glottoscope.sae.trainer import SAETrainer
 
 D, N, K, B = 12, 40, 4, 64
@@ -120,13 +121,18 @@ def test_b_dec_is_the_median_of_the_first_batch_only_once() -> None:
     assert torch.equal(seen[1], after)
 
 
-def test_several_trainers_on_one_stream_are_bit_identical_to_each_alone() -> None:
-    settings_list = [(1e-3, 0, False), (3e-3, 0, False), (1e-3, 1, True)]
+@pytest.mark.parametrize("kernel", ["compiled", "chunked", "reference"])
+def test_several_trainers_on_one_stream_are_bit_identical_to_each_alone(kernel: str) -> None:
+    """Learning rates, seeds, controls and sizes, all in one scratch memory, as a study trains them."""
+    settings_list = [(1e-3, 0, False, N), (3e-3, 0, False, N), (1e-3, 1, True, N), (1e-3, 2, False, 3 * N)]
 
-    def build() -> list[SAETrainer]:
-        return [SAETrainer(TopKSAE(D, N, K, s), lr, 3, frozen_decoder=f) for lr, s, f in settings_list]
+    def build(scratch: Scratch | None) -> list[SAETrainer]:
+        return [
+            SAETrainer(TopKSAE(D, n, K, s), lr, 3, frozen_decoder=f, kernel=kernel, scratch=scratch)
+            for lr, s, f, n in settings_list
+        ]
 
-    together, alone = build(), build()
+    together, alone = build(Scratch()), build(None)
     kept = [x.clone() for x in batches(6)]
     stream = batches(6)
     for x in stream:
@@ -233,8 +239,42 @@ def test_half_precision_input_is_widened(dtype: torch.dtype) -> None:
 
 def test_raw_inputs_with_autograd_history_leave_no_graph() -> None:
     sae = TopKSAE(D, N, K)
-    SAETrainer(sae).step(batches(1)[0].requires_grad_())
-    assert not sae.W_enc.requires_grad and sae.W_enc.grad_fn is None
+    for kernel in ("compiled", "chunked"):
+        SAETrainer(sae, kernel=kernel).step(batches(1)[0].requires_grad_() * 2)
+        SAETrainer(sae, kernel=kernel).step(batches(1)[0].requires_grad_())
+        assert not sae.W_enc.requires_grad and sae.W_enc.grad_fn is None
+
+
+def test_a_kernel_is_a_name_or_a_class() -> None:
+    with pytest.raises(InputError, match="subclass"):
+        SAETrainer(TopKSAE(D, N, K), kernel=lambda *_: None)  # type: ignore[arg-type]
+
+
+def test_preselection_trains_the_same_and_says_what_it_recomputed() -> None:
+    n, k = 600, 4
+    plain, preselected = (TopKSAE(D, n, k, 3) for _ in range(2))
+    one, other = SAETrainer(plain, 3e-3, 3), SAETrainer(preselected, 3e-3, 3, preselection="bf16")
+    recomputed = 0.0
+    for x in batches(10, b=200):
+        left, right = one.step(x), other.step(x)
+        assert right["loss"] == pytest.approx(left["loss"], rel=1e-5)
+        recomputed += right["recomputed"]
+    assert 0 <= recomputed < 10 * 200
+    assert torch.allclose(plain.W_enc, preselected.W_enc, atol=1e-4)
+    with pytest.raises(InputError, match="preselects nothing"):
+        SAETrainer(TopKSAE(D, n, k), kernel="reference", preselection="bf16")
+    with pytest.raises(InputError, match="as coarse as"):
+        SAETrainer(TopKSAE(D, n, k, dtype=torch.bfloat16), kernel="chunked", preselection="bf16")
+
+
+@pytest.mark.parametrize("scale", [1e-44, 1e-30, 1e30])
+def test_states_of_any_finite_size_are_normalised(scale: float) -> None:
+    x = batches(1)[0].clamp(-3, 3) * scale
+    for kernel in ("compiled", "chunked"):
+        u_BD, bad = SAETrainer(TopKSAE(D, N, K), kernel=kernel).kernel.normalise(x)
+        assert bad == 0 and bool(u_BD.isfinite().all())
+        if kernel == "compiled":
+            assert torch.allclose(u_BD.double(), x.double() / x.double().norm(dim=1, keepdim=True), atol=1e-6)
 
 
 @settings(max_examples=40, deadline=None)

@@ -92,10 +92,10 @@ def forward_arguments(model: PreTrainedModel, attention_mask: Tensor) -> dict[st
     """Keyword arguments of a cache-free forward pass of the base model.
 
     Positions count real tokens only, as `generate` counts them, so that left padding does not shift them; models
-    without `position_ids` (ALiBi) derive them from the mask themselves. Padding on the right only needs no mask: a
-    causal model's real positions never see it, and attention without a mask is several times faster.
+    without `position_ids` (ALiBi) derive them from the mask themselves. Padding on the right only needs no mask where
+    the model is causal: its real positions never see it, and attention without a mask does less.
     """
-    if right_padded(attention_mask):
+    if bool(attention_mask.bool().all()) or (right_padded(attention_mask) and is_causal(model)):
         return {"use_cache": False}
     arguments: dict[str, Any] = {"attention_mask": attention_mask.long(), "use_cache": False}
     if "position_ids" in inspect.signature(model.base_model.forward).parameters:
@@ -107,6 +107,12 @@ def right_padded(attention_mask: Tensor) -> bool:
     """Whether no padding [B, T] stands before a real token."""
     real = attention_mask.bool()
     return not bool((real[:, 1:] & ~real[:, :-1]).any())
+
+
+def is_causal(model: PreTrainedModel) -> bool:
+    """Whether the attention of every block says that it is causal; a model that says nothing gets its mask."""
+    found = [m.is_causal for m in model.base_model.modules() if hasattr(m, "is_causal")]
+    return bool(found) and all(found) and getattr(model.config, "is_causal", True) is not False
 
 
 def _input_hook(keep: Callable[[int, Tensor], None]) -> Callable[..., None]:

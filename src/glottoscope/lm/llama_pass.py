@@ -1,8 +1,8 @@
 """Hidden states of a Llama on a CPU in float32: the arithmetic of `LlamaModel`, over its own parameters, in fewer passes.
 
-A small model spends a third of a forward pass between its matrix products. Here q, k and v are one product, gate and up
-another, residuals are added by the product that makes them, and rotation and gating write in place. The states agree with
-the Hugging Face model's to rounding (tests). Anything this module does not know goes the ordinary way (`lm.capture`).
+A small model spends much of a forward pass between its matrix products. Here q, k and v are one product, residuals are
+added by the product that makes them, and rotation and gating write in place. The states agree with the Hugging Face
+model's to rounding (tests). Anything this module does not know goes the ordinary way (`lm.capture`).
 
 Shape legend: B sequences, T positions, M = B * T positions, D d_model, H heads, G key heads, E head width, F MLP width.
 """
@@ -38,14 +38,20 @@ def knows(model: PreTrainedModel) -> bool:
     base: Any = model.base_model
     if type(base) is not LlamaModel or base.training:
         return False
-    config, weight = base.config, base.embed_tokens.weight
-    plain = config.hidden_act == "silu" and not config.attention_bias and not config.mlp_bias
-    if not plain or weight.device.type != "cpu" or weight.dtype != torch.float32:
+    config = base.config
+    plain = config.hidden_act == "silu" and getattr(config, "is_causal", True) is not False
+    if not plain or config._attn_implementation not in ("eager", "sdpa"):
         return False
-    # A module put in another's place (adapters, quantised weights) is not what its name says, and a hook of the user's
-    # (steering, patching) must see its module called.
+    if any(p.device.type != "cpu" or p.dtype != torch.float32 for p in base.parameters()):
+        return False
+    # A module put in another's place (adapters, quantised weights) is not what its name says, and whoever hooks or
+    # replaces a forward (steering, patching, offloading) must see it called.
     return all(
-        (type(module) in PLAIN or isinstance(module, SILU)) and not module._forward_hooks and not module._forward_pre_hooks
+        (type(module) in PLAIN or isinstance(module, SILU))
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+        and "forward" not in vars(module)
+        and getattr(module, "bias", None) is None
         for module in base.modules()
     )
 

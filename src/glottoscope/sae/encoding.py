@@ -189,11 +189,3 @@ class TorchSelector:
         candidates = (best_RK.unsqueeze(2) + self._member_offsets).view(rows, -1)
         values, places = pre_RP.gather(1, candidates).topk(self.k, dim=1)
         return values, candidates.gather(1, places)
-
-
-def describe_encoder(device: str | torch.device, dtype: torch.dtype = torch.float32) -> str:
-    """Which selector is used on this device, in words for `status`."""
-    device = torch.device(device)
-    if compiled_can(device, dtype):
-        return "compiled"
-    return f"plain torch ({why_not_compiled()})" if device.type == "cpu" else "plain torch"

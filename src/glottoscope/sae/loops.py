@@ -9,6 +9,7 @@ Shapes: B batch rows, C columns (features) of one block, D d_model, N features, 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -42,6 +43,10 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="glottoscope-loops")
 
 
+if hasattr(os, "register_at_fork"):  # a forked process has the pool's record, but not its threads
+    os.register_at_fork(after_in_child=_pool.cache_clear)
+
+
 def split(loop: Callable[..., None], total: int, grain: int, *arguments: Any) -> None:
     """Call loop(start, end, *arguments) over 0..total, on as many threads as torch uses, cut at multiples of `grain`."""
     threads = torch.get_num_threads()
@@ -62,15 +67,35 @@ def split(loop: Callable[..., None], total: int, grain: int, *arguments: Any) ->
 def unit_rows(start: int, end: int, x_BD: Array, u_BD: Array, bad_B: Array) -> None:
     """u = x / ||x|| (0 where x is 0); bad_B = 1 in rows with NaN or Inf, whose u means nothing."""
     width = x_BD.shape[1]
+    kind = x_BD.dtype.type
     for b in range(start, end):
         total = 0.0
         for j in range(width):
             value = np.float64(x_BD[b, j])
             total += value * value
-        bad_B[b] = not total < np.inf
-        scale = x_BD.dtype.type(1.0 / np.sqrt(total)) if total > 0.0 else x_BD.dtype.type(1.0)
+        bad_B[b] = 0
+        if total > 1e-60 and total < 1e60:
+            scale = kind(1.0 / np.sqrt(total))
+            for j in range(width):
+                u_BD[b, j] = x_BD[b, j] * scale
+            continue
+        # All zeros, NaN or Inf, or squares beyond the numbers' range: scale by the largest entry first.
+        largest = 0.0
         for j in range(width):
-            u_BD[b, j] = x_BD[b, j] * scale
+            value = abs(np.float64(x_BD[b, j]))
+            if not value < np.inf:
+                bad_B[b] = 1
+            largest = max(largest, value)
+        if bad_B[b] == 1 or largest == 0.0:
+            for j in range(width):
+                u_BD[b, j] = x_BD[b, j]
+            continue
+        total = 0.0
+        for j in range(width):
+            value = np.float64(x_BD[b, j]) / largest
+            total += value * value
+        for j in range(width):
+            u_BD[b, j] = np.float64(x_BD[b, j]) / largest / np.sqrt(total)
 
 
 @_compiled

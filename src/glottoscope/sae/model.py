@@ -119,7 +119,7 @@ class TopKSAE(nn.Module):
         indices = torch.empty(len(x_BD), self.k, device=self.W_enc.device, dtype=torch.int64)
         for start in range(0, len(x_BD), ENCODED_ROWS):
             rows = slice(start, start + ENCODED_ROWS)
-            found = encode(self.normalize(x_BD[rows]).sub_(self.b_dec))
+            found = encode(self.normalize(x_BD[rows]) - self.b_dec)  # never in place: without normalisation it is x itself
             values[rows], indices[rows] = found.values_BK, found.indices_BK
         return values.view(*x.shape[:-1], self.k), indices.view(*x.shape[:-1], self.k)
 

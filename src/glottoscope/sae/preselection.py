@@ -16,21 +16,37 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from glottoscope.errors import InputError
 from glottoscope.sae.encoding import Encoder, Selected, compiled_can, make_selector
 from glottoscope.sae.scratch import Scratch
 
 if TYPE_CHECKING:
     from glottoscope.sae.model import TopKSAE
 
-BF16_ROUNDING = 2.0**-8  # twice the unit roundoff: the coarse value itself is rounded, and so is its bias sum
+BF16_ROUNDING = 1.01 * 2.0**-8  # of the coarse product; its unit roundoff, and what the product exceeds its rounding by
 FLOAT32_ROUNDING = 2.0**-24
 ROWS = 4096  # encoder rows whose rounding error is computed at a time
+
+
+def check_bound_holds(weight: Tensor) -> None:
+    """Raises InputError where products are rounded in ways that the bound does not know."""
+    reason = None
+    if weight.dtype not in (torch.float32, torch.float64):
+        reason = f"the SAE is {weight.dtype}, and its own products are as coarse as the preselection"
+    elif weight.device.type == "cuda":
+        if torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction:
+            reason = "torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction is on: set it to False"
+        elif torch.get_float32_matmul_precision() != "highest":
+            reason = "float32 products may be rounded to TF32: torch.set_float32_matmul_precision('highest') forbids it"
+    if reason is not None:
+        raise InputError(f'preselection = "bf16" cannot be certified: {reason}')
 
 
 class PreselectingEncoder:
     """`exact`, with most of its work done in bfloat16: for machines whose bfloat16 product is much faster."""
 
     def __init__(self, sae: TopKSAE, exact: Encoder, scratch: Scratch, *, compiled: bool | None = None) -> None:
+        check_bound_holds(sae.W_enc)
         self._sae, self._exact, self._scratch = sae, exact, scratch
         self.candidates = min(sae.n, max(3 * sae.k, sae.k + 64))
         self._compiled = compiled_can(sae.W_enc.device, sae.W_enc.dtype) if compiled is None else compiled
@@ -56,7 +72,8 @@ class PreselectingEncoder:
         norm_B = torch.linalg.vector_norm(centred_BD, dim=1)
         error_B = row_error * norm_B + row_norm * torch.linalg.vector_norm(centred_BD - coarse_BD.to(centred_BD.dtype), dim=1)
         error_B = error_B + BF16_ROUNDING * (least_B.abs() + sae.b_enc.abs().max())
-        error_B = error_B + 4 * sae.d * FLOAT32_ROUNDING * row_norm * norm_B  # both float32 sums
+        # Both float32 sums of d terms, and the few roundings after them.
+        error_B = error_B + (4 * sae.d + 16) * FLOAT32_ROUNDING * (row_norm * norm_B + sae.b_enc.abs().max())
         limit_B = least_B + error_B
         certain_B = (values_BK[:, -1] >= limit_B) | (limit_B <= 0)  # False where anything is NaN
         values_BK = values_BK.relu_()

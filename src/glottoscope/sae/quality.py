@@ -55,6 +55,8 @@ class QualityAccumulator:
         """
         if not len(u_BD):
             return
+        if u_BD.device.type == "mps":  # Apple GPUs have no float64
+            u_BD, u_hat_BD = u_BD.cpu(), u_hat_BD.cpu()
         dtype = torch.float64 if torch.float64 in (u_BD.dtype, u_hat_BD.dtype) else torch.float32
         device, language_B = u_BD.device, language_B.to("cpu", torch.int64)
         u_BD, u_hat_BD, l0_B = u_BD.to(dtype), u_hat_BD.to(device, dtype), l0_B.to(device)

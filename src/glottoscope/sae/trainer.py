@@ -59,6 +59,8 @@ class SAETrainer:
             "frozen_decoder": frozen_decoder,
         }
         chosen = kernel_class(kernel, sae) if isinstance(kernel, str) else kernel
+        if not (isinstance(chosen, type) and issubclass(chosen, Kernel)):
+            raise InputError(f"SAE kernel {kernel!r} is neither a name nor a subclass of glottoscope.sae.kernels.Kernel")
         self.kernel = chosen(sae, frozen_decoder=frozen_decoder, scratch=scratch, preselection=preselection)
         trained = [name for name in TENSOR_NAMES if not (frozen_decoder and name == "W_dec")]
         self._adam = Adam({name: getattr(sae, name) for name in trained}, (betas[0], betas[1]), eps)
@@ -82,7 +84,7 @@ class SAETrainer:
         sae = self.sae
         if x_BD.ndim != 2 or x_BD.shape[1] != sae.d or len(x_BD) == 0:
             raise InputError(f"hidden states of shape {tuple(x_BD.shape)} given to an SAE that needs [B, {sae.d}], B >= 1")
-        x_BD = x_BD.to(device=sae.W_enc.device, dtype=sae.W_enc.dtype)
+        x_BD = x_BD.detach().to(device=sae.W_enc.device, dtype=sae.W_enc.dtype)
         u_BD, bad = self.kernel.normalise(x_BD)
         if bad:
             raise NonFiniteError(

@@ -293,7 +293,7 @@ class SAEConfig(Part):
     preselection: Literal["none", "bf16"] = Field(
         default="none",
         description="bf16: a bfloat16 product proposes candidates and float32 decides; a row whose bound does not hold is "
-        "computed again. The same result, faster where the bfloat16 product is at least twice as fast.",
+        "computed again. The same result; for machines whose bfloat16 product is much faster than the float32 one.",
     )
 
     @model_validator(mode="after")
@@ -302,6 +302,8 @@ class SAEConfig(Part):
             raise ValueError("give exactly one of n and expansion")
         if (self.steps is None) == (self.train_tokens is None):
             raise ValueError("give exactly one of steps and train_tokens")
+        if self.kernel == "reference" and self.preselection != "none":
+            raise ValueError('kernel "reference" preselects nothing: take another kernel, or preselection = "none"')
         if self.n is not None and self.k > self.n:
             raise ValueError(f"k = {self.k} is larger than n = {self.n}: k active features need at least k features")
         if not self.lr or not self.seeds or len(set(self.lr)) != len(self.lr) or len(set(self.seeds)) != len(self.seeds):

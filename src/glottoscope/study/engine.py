@@ -81,6 +81,7 @@ def _start_worker(messages: Any, threads: int, fast_matmul: bool) -> None:
 
 
 def _prepare_process(threads: int, fast_matmul: bool) -> None:
+    import scipy.linalg  # noqa: F401 - brings its own BLAS, which is limited below
     import torch
     from threadpoolctl import threadpool_limits
     from transformers.utils import logging

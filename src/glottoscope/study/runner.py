@@ -19,7 +19,7 @@ from glottoscope.errors import InputError
 from glottoscope.study.config import STAGES, PlantedCorpus, PretrainModel, Study, TextCorpus
 from glottoscope.study.engine import Engine, Failure, Outcome, Unit
 from glottoscope.study.load import corpus_path
-from glottoscope.study.plan import Cell
+from glottoscope.study.plan import PROCESS, Cell
 from glottoscope.study.stages import collecting, pretraining, reporting, rulers, scoring, tables, tokenizing, training
 from glottoscope.study.stages.context import Context
 from glottoscope.study.store import RunStore, digest, file_digest, tree_size
@@ -111,6 +111,10 @@ def preflight(study: Study) -> None:
                 raise InputError(f"model {run.name}: {ref.path} holds no weights (*.safetensors or *.bin)")
         if run.shape is not None and study.sae.k > (n := study.sae.n_features(run.shape.d_model)):
             raise InputError(f"model {run.name}: sae.k = {study.sae.k} is larger than its n = {n} features: lower k or raise n")
+    from glottoscope.lm.checkpoints import choose_device
+    from glottoscope.sae.kernels import check_kernel
+
+    check_kernel(study.sae.kernel, choose_device(study.compute.device), _widest(study))
     if study.features.rule == "script":
         from glottoscope.features.language import script_languages
 
@@ -147,7 +151,8 @@ def memory_budget(study: Study, workers: int) -> float:
     from glottoscope.lm.checkpoints import choose_device
 
     if choose_device(study.compute.device) == "cuda":
-        return 0.8 * torch.cuda.mem_get_info()[0] / workers
+        # The plan counts the process's libraries, which lie in the host's memory.
+        return 0.8 * torch.cuda.mem_get_info()[0] / workers + PROCESS
     return 0.8 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / workers
 
 
@@ -174,11 +179,13 @@ def describe_run(study: Study) -> dict[str, Any]:
 
 
 def _matmul(study: Study) -> str:
-    """Which float32 matrix product is in use on the CPU, as `status` shows it."""
+    """Which float32 matrix product is in use, as `status` shows it."""
     from glottoscope.lm.checkpoints import choose_device
     from glottoscope.sae.matmul import enable_fast_matmul, matmul_error
 
-    fast = choose_device(study.compute.device) == "cpu" and enable_fast_matmul()
+    if choose_device(study.compute.device) != "cpu":
+        return "torch's default"
+    fast = enable_fast_matmul()
     path = 'setting "medium", checked as true float32' if fast else "torch's default"
     return f"{path} (largest error {matmul_error():.0e})"
 
@@ -191,12 +198,19 @@ def _kernel(study: Study) -> str:
     from glottoscope.sae.kernels.triton import why_not_triton
 
     device = choose_device(study.compute.device)
-    chosen = resolve_kernel(study.sae.kernel, device)
+    chosen = resolve_kernel(study.sae.kernel, device, d=_widest(study))
     if study.sae.kernel == "auto" and chosen == "chunked" and device == "cpu":
         return f"chunked: slower than compiled, because {why_not_compiled()}"
     if study.sae.kernel == "auto" and chosen == "chunked" and device == "cuda":
         return f"chunked: slower than triton, because {why_not_triton()}"
     return chosen
+
+
+def _widest(study: Study) -> int:
+    """The largest width of the study's models whose size is known."""
+    from glottoscope.study.plan import expand
+
+    return max((run.shape.d_model for run in expand(study) if run.shape is not None), default=1)
 
 
 def _code_hash() -> str:
@@ -287,7 +301,7 @@ def _cell_units(
         for group in context.groups(cell.model, memory)
         if (layers := missing(context, cell, group))
     ]
-    parts = -(-workers // max(1, len(groups)))
+    parts = max(1, workers // max(1, len(groups)))
     units = []
     for cell, layers in groups:
         assert cell.model.shape is not None

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from glottoscope.errors import InputError
-from glottoscope.sae.encoding import compiled_can
+from glottoscope.sae.encoding import compiled_can, why_not_compiled
 from glottoscope.sae.kernels.base import Forward, Gradients, Kernel
 
 if TYPE_CHECKING:
     from glottoscope.sae.model import TopKSAE
 
-__all__ = ["KERNELS", "Forward", "Gradients", "Kernel", "kernel_class", "resolve_kernel"]
+__all__ = ["KERNELS", "Forward", "Gradients", "Kernel", "check_kernel", "kernel_class", "resolve_kernel"]
 
 KERNELS = ("compiled", "triton", "chunked", "reference")
 
@@ -44,6 +44,24 @@ def resolve_kernel(name: str, device: str | torch.device, dtype: torch.dtype = t
     if name not in KERNELS:
         raise InputError(f"unknown SAE kernel {name!r}: use auto or one of {', '.join(KERNELS)}")
     return name
+
+
+def check_kernel(name: str, device: str | torch.device, d: int) -> None:
+    """Find out before a long run whether the kernel `name` can train float32 SAEs of width `d` on this device.
+
+    Raises:
+        InputError: it cannot, with the reason.
+    """
+    device, resolved = torch.device(device), resolve_kernel(name, device, d=d)
+    reason = None
+    if resolved == "compiled" and not compiled_can(device, torch.float32):
+        reason = why_not_compiled() or f"its loops run on a CPU, the device is {device}"
+    elif resolved == "triton":
+        from glottoscope.sae.kernels.triton import MAX_D, why_not_triton
+
+        reason = why_not_triton() or (f"it takes widths up to {MAX_D}, a model has {d}" if d > MAX_D else None)
+    if reason is not None:
+        raise InputError(f'sae.kernel = "{name}" cannot be used here: {reason}; use "auto" or "chunked"')
 
 
 def kernel_class(name: str, sae: TopKSAE) -> type[Kernel]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from glottoscope.errors import InputError
 from glottoscope.sae.kernels.base import Forward, Gradients, Kernel, accumulator
 
 
@@ -12,6 +15,11 @@ class ReferenceKernel(Kernel):
     """What the other kernels must agree with."""
 
     name = "reference"
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        if self.preselection != "none":
+            raise InputError('SAE kernel "reference" is dense and preselects nothing: use another kernel, or preselection = "none"')
 
     def forward(self, u_BD: Tensor) -> Forward:
         sae = self.sae

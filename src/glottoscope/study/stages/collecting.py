@@ -75,7 +75,7 @@ def cell_key(context: Context, cell: Cell) -> str:
     from glottoscope.study.store import digest
 
     tokens = context.study.features.lm_loss_tokens
-    return digest("cell", context.lm_key(cell), context.tokens_key, context.pass_settings, tokens)
+    return digest("cell", VERSIONS["features"], context.lm_key(cell), context.tokens_key, context.pass_settings, tokens)
 
 
 def collect_cell(root: str, model: str, step: int, layers: tuple[int, ...], report: Any) -> None:
@@ -101,7 +101,8 @@ def collect_cell(root: str, model: str, step: int, layers: tuple[int, ...], repo
 
     everything = np.arange(len(blocks.tokens))
     # Kept codes spare the second pass for the examples; beyond the bound they are computed again.
-    keeps = blocks.tokens.size * study.sae.k * 12 * len(setups) <= KEPT_CODES
+    # Decided for the whole cell: how its layers are grouped changes no number.
+    keeps = blocks.tokens.size * study.sae.k * 12 * len(list(context.setups(cell))) <= KEPT_CODES
     known = store.is_done(store.cell_dir(model, step), "cell", cell_key(context, cell))
     losses = None if known else LMLosses(context, lm, blocks)
     for n, chunk in enumerate(positions(context, lm, cell, blocks, layers, everything, losses)):
