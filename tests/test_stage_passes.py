@@ -70,7 +70,8 @@ def test_the_loss_of_the_collecting_pass_is_that_of_a_pass_of_its_own(tokens_mad
     tokens, language = np.asarray(blocks.tokens[:wanted]), np.asarray(blocks.language[:wanted])
     mask, attention = position_mask(tokens, language, context.token_info.special_ids), attention_mask(language)
     arrays = (tokens.astype(np.int64), attention.astype(np.int64), mask, np.where(attention, language, 0).astype(np.int64))
-    nll, n = lm_loss(lm, *(torch.from_numpy(a) for a in arrays), len(languages))
+    ids, attended, counted, code = (torch.from_numpy(a) for a in arrays)
+    nll, n = lm_loss(lm, ids, attended, counted, code, len(languages))
     result = losses.result()
     for g, name in enumerate(languages):
         assert result[f"lm_loss_{name}"] == pytest.approx(nll[g] / n[g], rel=1e-5)
