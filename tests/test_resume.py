@@ -165,7 +165,8 @@ def test_clean_removes_only_what_no_setting_refers_to(copy: RunStore) -> None:
 
 # ---- stopped in the middle
 
-SLOW = planted(sae={"steps": 200}, models=planted_model(steps=100, checkpoints=[0, 100]), study={"name": "slow"})
+# Six cells: when the first is done, enough is left to be stopped in.
+SLOW = planted(sae={"steps": 400}, models=planted_model(steps=100, checkpoints=[0, 20, 40, 60, 80, 100]), study={"name": "slow"})
 
 
 @pytest.fixture(scope="module")
