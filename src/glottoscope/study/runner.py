@@ -101,7 +101,7 @@ def preflight(study: Study) -> None:
             place = corpus_path(study.corpus, path)
             if not place.exists() and not list(place.parent.glob(place.name)):
                 raise InputError(f"{place}: no such file, folder or glob (corpus of the study; set corpus.root?)")
-    from glottoscope.study.plan import expand
+    from glottoscope.study.plan import cost_of, expand
 
     for run in expand(study):
         for ref in run.checkpoints:
@@ -111,6 +111,8 @@ def preflight(study: Study) -> None:
                 raise InputError(f"model {run.name}: {ref.path} holds no weights (*.safetensors or *.bin)")
         if run.shape is not None and study.sae.k > (n := study.sae.n_features(run.shape.d_model)):
             raise InputError(f"model {run.name}: sae.k = {study.sae.k} is larger than its n = {n} features: lower k or raise n")
+        if study.compute.memory_gb is not None and run.shape is not None and run.layers is not None:
+            cost_of(study, run, study.compute.memory_gb * 2**30)  # not even one layer fits: said before models are trained
     from glottoscope.lm.checkpoints import choose_device
     from glottoscope.sae.kernels import check_kernel
 
