@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from glottoscope.errors import InputError
 from glottoscope.lm.layers import decoder_blocks
@@ -25,8 +25,9 @@ class _AllCaptured(Exception):
 
 
 def capture(
-    model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, layers: Sequence[int], *, stop: bool = True
-) -> dict[int, Tensor]:
+    model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, layers: Sequence[int], *, stop: bool = True,
+    cache: Cache | None = None,
+) -> dict[int, Tensor]:  # fmt: skip
     """Hidden states of `layers`: 0 the input of the first block, L the output of block L, before the final norm.
 
     Args:
@@ -34,6 +35,8 @@ def capture(
         attention_mask: [B, T], nonzero at real tokens; padding may be on either side and never changes the states of
             real tokens.
         stop: end the pass after the highest layer asked for (the same states, less work).
+        cache: positions read before, to which these are added; attention_mask is then [B, P + T]. A cache that has
+            seen passes ended at a layer is of use only for passes that end there.
 
     Returns:
         layer -> [B, T, D] in the model's dtype, without gradient; states at padding mean nothing.
@@ -41,7 +44,7 @@ def capture(
     Raises:
         InputError: a layer beyond the model.
     """
-    return _capture(model, input_ids, attention_mask, layers, stop=stop)[0]
+    return _capture(model, input_ids, attention_mask, layers, stop=stop, cache=cache)[0]
 
 
 def capture_and_finish(
@@ -55,15 +58,16 @@ def capture_and_finish(
 
 
 def _capture(
-    model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, layers: Sequence[int], *, stop: bool
-) -> tuple[dict[int, Tensor], Tensor | None]:
+    model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, layers: Sequence[int], *, stop: bool,
+    cache: Cache | None = None,
+) -> tuple[dict[int, Tensor], Tensor | None]:  # fmt: skip
     blocks = decoder_blocks(model)
     outside = [layer for layer in layers if not 0 <= layer <= len(blocks)]
     if outside:
         raise InputError(f"layer {outside[0]} does not exist: the model has {len(blocks)} layers, use 0..{len(blocks)}")
     if not layers and stop:
         return {}, None
-    if right_padded(attention_mask) and knows(model):
+    if cache is None and right_padded(attention_mask) and knows(model):
         return llama_states(model, input_ids, layers, finish=not stop)
     last, output = max(layers, default=0), None
     states: dict[int, Tensor] = {}
@@ -80,8 +84,12 @@ def _capture(
                 handles.append(blocks[0].register_forward_pre_hook(_input_hook(keep), with_kwargs=True))
             else:
                 handles.append(blocks[layer - 1].register_forward_hook(_output_hook(keep, layer)))
+        if cache is None:
+            arguments = forward_arguments(model, attention_mask)
+        else:
+            arguments = cached_arguments(model, attention_mask, input_ids.shape[1]) | {"past_key_values": cache}
         with torch.no_grad(), contextlib.suppress(_AllCaptured):
-            output = model.base_model(input_ids=input_ids, **forward_arguments(model, attention_mask))
+            output = model.base_model(input_ids=input_ids, **arguments)
     finally:
         for handle in handles:
             handle.remove()
@@ -100,6 +108,17 @@ def forward_arguments(model: PreTrainedModel, attention_mask: Tensor) -> dict[st
     arguments: dict[str, Any] = {"attention_mask": attention_mask.long(), "use_cache": False}
     if "position_ids" in inspect.signature(model.base_model.forward).parameters:
         arguments["position_ids"] = (arguments["attention_mask"].cumsum(-1) - 1).clamp_min(0)
+    return arguments
+
+
+def cached_arguments(model: PreTrainedModel, attention_mask: Tensor, new: int) -> dict[str, Any]:
+    """Keyword arguments of a pass with a cache: the mask of all positions [B, P + T], and the places of the `new` ones.
+
+    Positions count real tokens only, so that left padding does not shift them.
+    """
+    arguments: dict[str, Any] = {"attention_mask": attention_mask.long(), "use_cache": True}
+    if "position_ids" in inspect.signature(model.base_model.forward).parameters:
+        arguments["position_ids"] = (arguments["attention_mask"].cumsum(-1) - 1).clamp_min(0)[:, -new:]
     return arguments
 
 

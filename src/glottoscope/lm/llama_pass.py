@@ -9,7 +9,7 @@ Shape legend: B sequences, T positions, M = B * T positions, D d_model, H heads,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -69,18 +69,49 @@ def llama_states(
         layer -> [B, T, D], and [B, T, D] or None. Blocks above the highest layer are left out unless `finish`.
     """
     base: Any = model.base_model
-    config = base.config
     n_rows, length = ids_BT.shape
+    x_MD = F.embedding(ids_BT.reshape(-1), base.embed_tokens.weight)
+    states: dict[int, Tensor] = {0: x_MD} if 0 in layers else {}
+    depth = len(base.layers) if finish else max(layers, default=0)
+    x_MD = _blocks(base, x_MD, n_rows, 0, depth, states, layers)
+    last_MD = _rms_norm(x_MD, base.norm) if finish else None
+    shape = (n_rows, length, -1)
+    return {layer: states[layer].view(shape) for layer in layers}, None if last_MD is None else last_MD.view(shape)
+
+
+@torch.no_grad()
+def llama_finish(model: PreTrainedModel, x_BTD: Tensor, layer: int, edits: Mapping[int, Callable[[Tensor], Tensor]]) -> Tensor:
+    """The state after the final norm [B, T, D] of a pass that goes on from `x_BTD`, the state at `layer`.
+
+    Args:
+        x_BTD: padding, if any, on the right; never written to.
+        edits: layer -> function of the state [B, T, D] there, for layers >= `layer`.
+    """
+    base: Any = model.base_model
+    n_rows, length, _ = x_BTD.shape
+    stops = sorted({layer, *edits, len(base.layers)})
+    for here, stop in zip(stops, [*stops[1:], len(base.layers)], strict=True):
+        if here in edits:
+            x_BTD = edits[here](x_BTD)
+        x_BTD = _blocks(base, x_BTD.reshape(n_rows * length, -1), n_rows, here, stop).view(n_rows, length, -1)
+    return _rms_norm(x_BTD.reshape(n_rows * length, -1), base.norm).view(n_rows, length, -1)
+
+
+def _blocks(
+    base: Any, x_MD: Tensor, n_rows: int, start: int, stop: int, states: dict[int, Tensor] | None = None, layers: Sequence[int] = ()
+) -> Tensor:
+    """The state [M, D] at layer `stop` from the one at `start`; those of `layers` in between are put into `states`."""
+    if start == stop:
+        return x_MD
+    config = base.config
+    length = len(x_MD) // n_rows
     n_heads, n_key_heads = config.num_attention_heads, config.num_key_value_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // n_heads
-    x_MD = F.embedding(ids_BT.reshape(-1), base.embed_tokens.weight)
     position_1T = torch.arange(length)[None]
     cos_1TE, sin_1TE = base.rotary_emb(x_MD, position_1T)
     half = width // 2
     tables = cos_1TE[0, :, None, :half], sin_1TE[0, :, None, :half]
-    states: dict[int, Tensor] = {0: x_MD} if 0 in layers else {}
-    depth = len(base.layers) if finish else max(layers, default=0)
-    for number, block in enumerate(base.layers[:depth], start=1):
+    for number, block in enumerate(base.layers[start:stop], start=start + 1):
         attention, mlp = block.self_attn, block.mlp
         qkv_weight = torch.cat([attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight])
         u_MD = _rms_norm(x_MD, block.input_layernorm)
@@ -96,11 +127,9 @@ def llama_states(
         u_MD = _rms_norm(x_MD, block.post_attention_layernorm)
         gate_MF, up_MF = u_MD @ mlp.gate_proj.weight.T, u_MD @ mlp.up_proj.weight.T
         x_MD.addmm_(F.silu(gate_MF, inplace=True).mul_(up_MF), mlp.down_proj.weight.T)
-        if number in layers:
+        if states is not None and number in layers:
             states[number] = x_MD
-    last_MD = _rms_norm(x_MD, base.norm) if finish else None
-    shape = (n_rows, length, -1)
-    return {layer: states[layer].view(shape) for layer in layers}, None if last_MD is None else last_MD.view(shape)
+    return x_MD
 
 
 def _rms_norm(x_MD: Tensor, norm: Any) -> Tensor:
