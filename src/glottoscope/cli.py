@@ -114,7 +114,7 @@ def run(
     study_file: StudyFile,
     out: Annotated[Path | None, typer.Option(help="Run directory. Default: runs/NAME.")] = None,
     set_: SetOption = [],  # noqa: B006 - typer wants a list
-    until: Annotated[str, typer.Option(help="Last stage: pretrain, tokens, train, features, score, report.")] = "report",
+    until: Annotated[str, typer.Option(help="Last stage: pretrain, tokens, train, features, score, intervene, report.")] = "report",
     workers: Workers = None,
 ) -> None:
     """Run a study, or continue one: complete stages are not run again, changed settings redo only what depends on them."""
@@ -159,6 +159,104 @@ def report(run_dir: RunDir) -> None:
     from glottoscope.study.runner import remake_report
 
     print(f"report: {remake_report(run_dir, _console())}")
+
+
+@app.command(
+    epilog="Examples: `glottoscope intervene runs/full --base 300 --base 600 --donor 1500` ; "
+    '`glottoscope intervene runs/full --base 300 --translate --features "steady=phi > 0.6" --set tokens=50000`'
+)
+def intervene(
+    run_dir: RunDir,
+    base: Annotated[
+        list[int], typer.Option(help="Step of the base. Repeatable. Default: where half of the fall in log perplexity is done.")
+    ] = [],  # noqa: B006 - typer wants a list
+    donor: Annotated[int | None, typer.Option(help="Step of the donor. Default: the last.")] = None,
+    model: Annotated[list[str], typer.Option(help="Model. Repeatable. Default: the largest that is no control.")] = [],  # noqa: B006
+    donor_model: Annotated[str | None, typer.Option(help="Model of the donor. Default: the base's own.")] = None,
+    layer: Annotated[list[int], typer.Option(help="Layer. Repeatable, each alone. Default: the middle one.")] = [],  # noqa: B006
+    together: Annotated[bool, typer.Option("--together", help="Patch all these layers at once.")] = False,
+    alpha: Annotated[list[float], typer.Option(help="Strength. Repeatable; the best on dev is chosen.")] = [],  # noqa: B006
+    part: Annotated[
+        list[str], typer.Option(help="A language, mixed, bilingual, bilingual_paper, all. Repeatable. Default: all of these.")
+    ] = [],  # noqa: B006
+    features: Annotated[
+        list[str],
+        typer.Option(metavar="NAME=IDS|SQL", help='A part of your own: "few=3,17" or "steady=phi > 0.6". Repeatable.'),
+    ] = [],  # noqa: B006
+    mode: Annotated[str | None, typer.Option(help="add | replace")] = None,
+    scale: Annotated[str | None, typer.Option(help="matched (to the base's norm) | raw (the donor's)")] = None,
+    draws: Annotated[int | None, typer.Option(min=0, help="Random draws per part and pool. Default: 32.")] = None,
+    translate: Annotated[
+        bool | None, typer.Option("--translate/--no-translate", help="Translate, too. Default: as in the study file.")
+    ] = None,
+    pairs: Annotated[int | None, typer.Option(min=1, help="Sentence pairs to translate. Default: 1,000.")] = None,
+    comet: Annotated[
+        Path | None, typer.Option(metavar="MODEL_PATH", help="COMET checkpoint (file or folder) to score translations with.")
+    ] = None,
+    comet_environment: Annotated[
+        Path | None, typer.Option(help="Where `glottoscope comet setup` put it, if not the default.")
+    ] = None,
+    comet_gpus: Annotated[int, typer.Option(min=0, help="GPUs for COMET.")] = 0,
+    comet_batch: Annotated[int, typer.Option(min=1, help="Sentences that COMET reads together.")] = 16,
+    name: Annotated[str, typer.Option(help="Name of these experiments in the table; another name keeps both.")] = "cli",
+    set_: SetOption = [],  # noqa: B006
+    workers: Workers = None,
+) -> None:
+    """Add a part of a trained checkpoint's representation to an earlier one, with controls; loss and translation before and after.
+
+    Needs a finished run. Rows go to tables/intervention.parquet and .csv, figures and words to the report. --set changes
+    any other field of \\[intervention] (docs/configuration.md).
+    """
+    from glottoscope.study.engine import stop_on_sigterm
+    from glottoscope.study.interventions import Comet, print_effects, settings_of
+    from glottoscope.study.interventions import intervene as run_interventions
+    from glottoscope.study.store import RunStore
+
+    given: dict[str, Any] = {
+        "bases": base, "donor": donor, "models": model, "donor_model": donor_model, "layers": layer, "alphas": alpha,
+        "parts": part, "features": dict(_named_features(x) for x in features), "mode": mode, "scale": scale, "draws": draws,
+        "together": together or None,
+    }  # fmt: skip
+    changes = {key: value for key, value in given.items() if value not in (None, [], {})}
+    if translate is False:
+        changes["translation"] = None
+    elif translate or pairs is not None:
+        changes["translation"] = {} if pairs is None else {"pairs": pairs}
+    if part and features:
+        changes["parts"] = [*part, *changes["features"]]
+    stop_on_sigterm()
+    console = _console()
+    config = settings_of(RunStore(run_dir), changes, set_)
+    held = None if comet is None else Comet(comet, comet_environment, comet_gpus, comet_batch)
+    failures = run_interventions(run_dir, config, name=name, workers=workers, console=console, comet=held)
+    if failures:
+        raise typer.Exit(2 if all(f.bad_input for f in failures) else 1)
+    print_effects(run_dir, config, name, _console(sys.stdout))
+    print(f"report: {(run_dir / 'report' / 'index.html').resolve()}")
+
+
+def _named_features(text: str) -> tuple[str, list[int] | str]:
+    """NAME=3,17 or NAME=SQL."""
+    name, equals, wanted = text.partition("=")
+    if not equals or not name.strip() or not wanted.strip():
+        raise InputError(f'--features {text!r}: write NAME=IDS or NAME=SQL, as in "few=3,17" or "steady=phi > 0.6"')
+    ids = [x.strip() for x in wanted.split(",")]
+    return name.strip(), [int(x) for x in ids] if all(x.isdigit() for x in ids) else wanted.strip()
+
+
+comet_app = typer.Typer(help="COMET, which needs an environment of its own.", no_args_is_help=True)
+app.add_typer(comet_app, name="comet")
+
+
+@comet_app.command("setup", epilog="Example: `glottoscope comet setup`")
+def comet_setup(
+    folder: Annotated[Path | None, typer.Option(help="Where. Default: in the user's cache, or $GLOTTOSCOPE_COMET.")] = None,
+    extra_index: Annotated[str | None, typer.Option(help="Another package index beside the usual one.")] = None,
+) -> None:
+    """Make the environment that COMET runs in (about 1 GB); `intervene --comet MODEL_PATH` then scores translations."""
+    from glottoscope.intervention import comet
+
+    print(f"ready: {comet.setup(folder or comet.default_environment(), extra_index=extra_index)}")
 
 
 @app.command(epilog="Example: `glottoscope measure features.jsonl --rule v1 --out features.csv`")

@@ -18,8 +18,12 @@ NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 LANGUAGE_PATTERN = r"^[a-z]{2,3}(-[A-Za-z0-9]+)?$"
 # What a feature can be besides a language; a language code may not be one of these.
 CLASS_NAMES = ("mixed", "neutral", "unclassified", "dead", "bilingual", "all")
+LANGUAGE_NAMES = {
+    "en": "English", "ja": "Japanese", "de": "German", "fr": "French", "zh": "Chinese", "ko": "Korean",
+    "es": "Spanish", "it": "Italian", "ru": "Russian", "pt": "Portuguese", "nl": "Dutch", "ar": "Arabic",
+}  # fmt: skip
 CONTROLS = ("none", "negative", "shuffled", "frozen_decoder", "embeddings", "no_switching")
-STAGES = ("pretrain", "tokens", "train", "features", "score", "report")
+STAGES = ("pretrain", "tokens", "train", "features", "score", "intervene", "report")
 
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 PositiveInt = Annotated[int, Field(gt=0)]
@@ -359,6 +363,91 @@ class Controls(Part):
     frozen_decoder: bool = Field(default=False, description="SAEs whose decoder never leaves its random start.")
 
 
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class Translation(Part):
+    """Translation before and after: few-shot prompts, greedy decoding, scores (METHOD 6)."""
+
+    pairs: PositiveInt = Field(default=1000, description="Sentence pairs; below 1,000 differences drown in noise.")
+    files: tuple[str, ...] = Field(
+        default=(),
+        description="LLM-jp-eval's ALT or WikiCorpus JSON, or aligned JSONL or TSV, relative to the study file. "
+        "Default: the aligned test sentences.",
+    )
+    shots: NonNegativeInt = Field(default=4, description="Examples in the prompt, from the file or the aligned dev sentences.")
+    shot: str | None = Field(
+        default=None,
+        description="An example, with {source}, {target}, {source_name}, {target_name}. "
+        "Default: two named lines; planted world: sentence, separator, translation, separator.",
+    )
+    query: str | None = Field(
+        default=None, description="What the model goes on from, with {source}. Default: shot, cut at the target."
+    )
+    stop: str | None = Field(default=None, description="Text that ends a translation. Default: line break; planted: separator.")
+    max_new_tokens: PositiveInt = Field(default=128, description="Longest translation.")
+    batch: PositiveInt = Field(default=64, description="Sentences translated together; it changes no more than rounding does.")
+    draws: NonNegativeInt = Field(default=32, description="Random draws translated for each part; fewer than 19 decide nothing.")
+    drawn: tuple[str, ...] | None = Field(default=None, description="Parts whose draws are translated. Default: all.")
+    bleu_tokenize: str = Field(
+        default="auto", description="sacrebleu's tokenizer; auto: ja-mecab for Japanese where MeCab is installed, else char; 13a."
+    )
+
+
+class InterventionConfig(Part):
+    """The causal test (METHOD 6): a part of the donor's state added to the base's, with controls."""
+
+    models: tuple[Name, ...] | None = Field(default=None, description="Which models. Default: the largest that is no control.")
+    bases: tuple[NonNegativeInt, ...] | Literal["half"] = Field(
+        default="half", description="Steps of the base; half: the first at which half of the fall in log perplexity is done."
+    )
+    donor: NonNegativeInt | Literal["final"] = Field(default="final", description="Step of the donor.")
+    donor_model: Name | None = Field(default=None, description="Model of the donor, of the same width. Default: the base's own.")
+    layers: tuple[NonNegativeInt, ...] | Literal["middle"] = Field(
+        default="middle", description="Studied layers, each an experiment of its own; middle: that of the report's curves."
+    )
+    together: bool = Field(default=False, description="Patch all these layers at once, as one experiment.")
+    parts: tuple[str, ...] | None = Field(
+        default=None, description="Default: each language, mixed, bilingual, bilingual_paper, all, and the names of features."
+    )
+    features: dict[Name, tuple[NonNegativeInt, ...] | str] = Field(
+        default_factory=dict,
+        description="Parts of your own: name = [feature ids] of the donor's SAE, or a condition on the feature table in SQL, "
+        'such as "phi > 0.6 and density < 0.01".',
+    )
+    mode: Literal["add", "replace"] = Field(
+        default="add", description="replace: the base's own part, read by the same SAE, is taken out."
+    )
+    scale: Literal["matched", "raw"] = Field(
+        default="matched", description="matched: what is added has the base's norm; raw: the donor's own."
+    )
+    alphas: tuple[Finite, ...] = Field(
+        default=(0.1, 0.2, 0.4, 0.8, 1.0),
+        description="Strengths, all reported on test; the best for `all` by the loss on dev is chosen, and has the controls.",
+    )
+    draws: NonNegativeInt = Field(default=32, description="Random draws of matched activation mass per part and pool; 19 or more.")
+    texts: tuple[Literal["documents", "sentences"], ...] = Field(
+        default=("documents", "sentences"), description="Held-out text: documents of the test split, aligned test sentences alone."
+    )
+    tokens: PositiveInt = Field(default=200_000, description="At most this many tokens of each text, over all languages.")
+    window: Annotated[int, Field(ge=3)] | None = Field(
+        default=None, description="Tokens of one pass; longer documents are cut into windows. Default: the length of a block."
+    )
+    stride: PositiveInt | None = Field(default=None, description="New tokens of each later window. Default: half a window.")
+    bootstrap: PositiveInt = Field(default=1000, description="Resamples of documents or articles for a 95 % interval.")
+    translation: Translation | None = Field(default=None, description="Translate, too.")
+
+    @model_validator(mode="after")
+    def _sense(self) -> InterventionConfig:
+        if not self.alphas or len(set(self.alphas)) != len(self.alphas):
+            raise ValueError("alphas needs at least one strength, none twice")
+        if self.bases == () or self.layers == () or self.texts == () or self.parts == ():
+            raise ValueError("bases, layers, texts and parts need at least one entry where they are given")
+        if taken := [name for name in self.features if name in CLASS_NAMES or name == "bilingual_paper"]:
+            raise ValueError(f"features.{taken[0]}: that is the name of a class; choose another")
+        return self
+
+
 class ReportConfig(Part):
     """What the report shows first."""
 
@@ -382,6 +471,7 @@ class Study(Part):
     sae: SAEConfig = Field(description="The sparse autoencoders.")
     features: FeaturesConfig = Field(default_factory=FeaturesConfig, description="The measures.")
     controls: Controls = Field(default_factory=Controls, description="Control rows.")
+    intervention: InterventionConfig | None = Field(default=None, description="The causal test; left out: none is made.")
     report: ReportConfig = Field(default_factory=ReportConfig, description="The report.")
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)

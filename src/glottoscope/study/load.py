@@ -121,6 +121,10 @@ def _resolve_paths(raw: dict[str, Any], folder: Path) -> None:
         tokenizer = model.get("tokenizer")
         if isinstance(tokenizer, str) and (tokenizer.startswith((".", "/", "~")) or (folder / tokenizer).exists()):
             model["tokenizer"] = absolute(str(Path(tokenizer).expanduser()), folder)
+    intervention = raw.get("intervention")
+    translation = intervention.get("translation") if isinstance(intervention, dict) else None
+    if isinstance(translation, dict) and isinstance(translation.get("files"), list):
+        translation["files"] = [absolute(x, folder) for x in translation["files"]]
     features = raw.get("features")
     if isinstance(features, dict) and isinstance(features.get("labels"), list):
         features["labels"] = [absolute(x, folder) for x in features["labels"]]

@@ -37,6 +37,8 @@ SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
     ("[sae]", config.SAEConfig),
     ("[features]", config.FeaturesConfig),
     ("[controls]", config.Controls),
+    ("[intervention]", config.InterventionConfig),
+    ("[intervention.translation]", config.Translation),
     ("[report]", config.ReportConfig),
 )
 

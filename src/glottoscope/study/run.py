@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from glottoscope.errors import InputError
 from glottoscope.study.config import Study
-from glottoscope.study.store import RunStore
+from glottoscope.study.store import RunStore, read_parquet
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from glottoscope.intervention.parts import Injection, Mode, Scale
     from glottoscope.sae.model import TopKSAE
+    from glottoscope.study.plan import Cell
+    from glottoscope.study.stages.context import Context
 
 
 class Run:
@@ -68,6 +78,109 @@ class Run:
             shown = ", ".join(near[:8]) + (" ..." if len(near) > 8 else "")
             raise InputError(f"no SAE for model {model!r}, step {step}, layer {layer}, seed {seed}; there are: {shown}")
         return TopKSAE.load(folder)
+
+    def load_lm(self, *, model: str, step: int) -> PreTrainedModel:
+        """The language model of one cell, as the study reads it (its device and precision).
+
+        Raises:
+            InputError: the study has no such model or step; says which there are.
+        """
+        return self._context.load_lm(self._cell(model, step))
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The study's tokenizer."""
+        from glottoscope.study.stages.tokenizing import load_run_tokenizer
+
+        return load_run_tokenizer(self._context)
+
+    @contextlib.contextmanager
+    def inject(
+        self,
+        lm: PreTrainedModel,
+        *,
+        model: str,
+        step: int,
+        layer: int,
+        features: str | Sequence[int],
+        seed: int = 0,
+        multiply: float | None = None,
+        add: float | None = None,
+        donor: PreTrainedModel | None = None,
+        alpha: float = 1.0,
+        mode: Mode = "add",
+        scale: Scale = "matched",
+    ) -> Iterator[Injection]:
+        """Within the block, `lm` (any Hugging Face model of that width) runs with some features changed at one layer.
+
+        Say one of three things: `multiply`, the features of lm's own state times this (0 removes them, 2 doubles them);
+        `add`, their directions at every position, each at this share of its largest activation on the test split;
+        `donor`, alpha times their part of the donor's state (mode and scale as in [intervention]). Special tokens and
+        padding stay as they are. Works in a forward pass and in `generate` (greedy or sampling; with a donor, no beam
+        search).
+
+        Args:
+            model, step, layer, seed: the setup whose SAE reads the states and names the features.
+            features: ids, a class (a language, mixed, bilingual, bilingual_paper, all), or a condition on the feature
+                table in SQL, such as "phi > 0.6".
+
+        Yields:
+            The edit; its `added / positions` is the mean relative norm of the change so far.
+
+        Raises:
+            InputError: no such setup, no such feature, none or several of the three, an alpha that is not finite, or
+                models and SAE of different widths.
+        """
+        from glottoscope.intervention.parts import Injection, Reader
+        from glottoscope.intervention.selection import select
+        from glottoscope.lm.patch import Donor, check_pair, patched
+
+        if sum(x is not None for x in (multiply, add, donor)) != 1:
+            raise InputError("inject: give exactly one of multiply, add and donor")
+        for name, value in (("multiply", multiply), ("add", add), ("alpha", alpha)):
+            if value is not None and not math.isfinite(value):
+                raise InputError(f"inject: {name} = {value}: give a finite number")
+        sae = self.sae(model=model, step=step, layer=layer, seed=seed).to(lm.device)
+        table = read_parquet(self._store.setup_dir(model, step, layer, seed) / "features.parquet")
+        chosen = select(table, features, self.study.languages)
+        if not chosen.any():
+            raise InputError(f"inject: features {features!r} name no feature of {model}, step {step}, layer {layer}")
+        width = int(lm.config.get_text_config().hidden_size)
+        if width != sae.d:
+            raise InputError(f"inject: the SAE reads states of width {sae.d} and the model has width {width}")
+        weight = _tensor(chosen).to(sae.W_dec)
+        kind, strength = "part", alpha
+        if multiply is not None:
+            kind, strength = "self", multiply - 1.0
+        elif add is not None:
+            kind, strength = "steer", add
+            weight = weight * _tensor(table["max_activation"].to_numpy()).to(sae.W_dec)
+        else:
+            assert donor is not None
+            check_pair(lm, donor, [layer], ("lm", "donor"))
+        edit = Injection(Reader(sae), layer, kind, weight, strength, "add" if donor is None else mode, scale, Reader(sae))
+        special = self._context.token_info.special_ids
+        with patched(lm, {layer: edit}, special_ids=special, donor=None if donor is None else Donor(donor, [layer])):
+            yield edit
+
+    @cached_property
+    def _context(self) -> Context:
+        from glottoscope.study.stages.context import Context
+
+        return Context(self.study, self._store, recorded=True)
+
+    def _cell(self, model: str, step: int) -> Cell:
+        found = {(c.model.name, c.checkpoint.step): c for c in self._context.cells}
+        if (model, step) not in found:
+            raise InputError(f"no model {model!r} of step {step}; there are: {', '.join(c.name for c in found.values())}")
+        return found[model, step]
+
+
+def _tensor(array: Any) -> Tensor:
+    """A tensor of its own from an array that may not be writable."""
+    import torch
+
+    return torch.tensor(np.asarray(array))
 
 
 def load_run(path: str | Path) -> Run:

@@ -1,6 +1,6 @@
 """Running a study: which units of which stage are missing, in what order, and what the run says of itself.
 
-pretrain > tokens > train > features > score > report. A stage that is complete with the same settings and inputs is
+pretrain > tokens > train > features > score > intervene > report. A stage that is complete with the same settings and inputs is
 not run again; what changed is done anew, and what no setting refers to stays until `clean`.
 """
 
@@ -22,6 +22,7 @@ from glottoscope.study.load import corpus_path
 from glottoscope.study.plan import PROCESS, Cell
 from glottoscope.study.stages import collecting, pretraining, reporting, rulers, scoring, tables, tokenizing, training
 from glottoscope.study.stages.context import Context
+from glottoscope.study.stages.intervene import units as intervening
 from glottoscope.study.store import RunStore, digest, file_digest, tree_size
 
 LIBRARIES = (
@@ -86,7 +87,7 @@ def run_study(
                 outcome = engine.run(stage, units())
                 result = RunResult(result.failures + outcome.failures, stage)
                 if outcome.failures:
-                    _explain(console, outcome, stage)
+                    explain(console, outcome, stage)
                     break
     return result
 
@@ -220,7 +221,8 @@ def _code_hash() -> str:
     return digest([(str(p.relative_to(root)), file_digest(p)) for p in sorted(root.rglob("*.py"))])
 
 
-def _explain(console: Console, outcome: Outcome, stage: str) -> None:
+def explain(console: Console, outcome: Outcome, stage: str) -> None:
+    """Say which units failed, and why."""
     total = len(outcome.done) + len(outcome.failures)
     console.print(f"[red]{stage}: {len(outcome.failures)} of {total} failed[/red]; the rest is kept, run again to continue")
     for failure in outcome.failures:
@@ -248,6 +250,10 @@ def stages(context: Context, memory: float, workers: int = 1) -> Iterator[tuple[
     yield "score", lambda: _ruler_units(context)
     yield "score", lambda: _score_units(context)
     yield "score", lambda: _table_units(context)
+    yield "intervene", lambda: intervening.prepare_units(context, intervening.of_study(context))
+    yield "intervene", lambda: intervening.measure_units(context, intervening.of_study(context))
+    yield "intervene", lambda: intervening.effect_units(context, intervening.of_study(context))
+    yield "intervene", lambda: intervening.table_units(context)
     yield "report", lambda: _report_units(context)
 
 
@@ -409,6 +415,7 @@ def clean(root: Path, *, dry_run: bool = False) -> list[tuple[Path, int]]:
         for parent in (store.cells_dir, store.models_dir, store.rulers_dir):
             if parent.is_dir():
                 removed += [(p, 0) for p in sorted(parent.iterdir()) if p not in wanted]
+        removed += [(Path(p), 0) for p in intervening.stale_folders(context, _asked_for(context))]
         for cell in context.cells:
             folder = store.cell_dir(cell.model.name, cell.checkpoint.step)
             for layer in sorted(folder.glob("layer_*")):
@@ -420,6 +427,13 @@ def clean(root: Path, *, dry_run: bool = False) -> list[tuple[Path, int]]:
         if dry_run:
             return [(path, tree_size(path)) for path, _ in removed]
         return [(path, store.remove(path)) for path, _ in removed if path.exists()]
+
+
+def _asked_for(context: Context) -> list[Any]:
+    try:
+        return intervening.of_study(context)
+    except InputError:
+        return []  # the study is not complete: nothing of it is there to be kept
 
 
 def _wanted(context: Context) -> set[Path]:
@@ -439,8 +453,14 @@ def remake_report(root: Path, console: Console) -> Path:
     store = RunStore(root)
     store.manifest()
     with store.lock():
-        context = Context.open(root)
-        store.table("evolution")  # says what to do where the study is not complete
-        key = reporting.report_key(context, tables.tables_key(context))
-        reporting.make_report(str(store.root), key, lambda *_: console.print("drawing ..."))
+        return remake_report_locked(root, console)
+
+
+def remake_report_locked(root: Path, console: Console) -> Path:
+    """`remake_report` of a run directory that this process holds already."""
+    context = Context.open(root)
+    store = context.store
+    store.table("evolution")  # says what to do where the study is not complete
+    key = reporting.report_key(context, tables.tables_key(context))
+    reporting.make_report(str(store.root), key, lambda *_: console.print("drawing ..."))
     return store.report_dir / "index.html"

@@ -190,6 +190,14 @@ class RunStore:
         return self.rulers_dir / model
 
     @property
+    def interventions_dir(self) -> Path:
+        return self.root / "interventions"
+
+    def intervention_dir(self, name: str, pair: str, layers: str, seed: int) -> Path:
+        """Folder of one intervention: its plan, what was measured, and its rows of the table."""
+        return self.interventions_dir / name / pair / f"layers_{layers}" / f"seed_{seed}"
+
+    @property
     def tables_dir(self) -> Path:
         return self.root / "tables"
 

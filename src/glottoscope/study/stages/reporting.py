@@ -12,16 +12,13 @@ from glottoscope.corpus.display import merge_spans
 from glottoscope.features.evolution import draws_from_intervals, smallest_detectable_difference, turning_step
 from glottoscope.report.data import PatternExample, ReportData
 from glottoscope.report.page import build_report
-from glottoscope.study.config import PlantedCorpus, TextCorpus
+from glottoscope.study.config import LANGUAGE_NAMES, PlantedCorpus, TextCorpus
 from glottoscope.study.plan import ModelRun, seed_for
 from glottoscope.study.stages.context import KEY_COLUMNS, Context
+from glottoscope.study.stages.intervene.effects import table_key
+from glottoscope.study.stages.intervene.experiments import STUDY_NAME
 from glottoscope.study.stages.pretraining import lm_facts, lm_log, pretrained_runs
-from glottoscope.study.store import digest, read_parquet
-
-LANGUAGE_NAMES = {
-    "en": "English", "ja": "Japanese", "de": "German", "fr": "French", "zh": "Chinese", "ko": "Korean",
-    "es": "Spanish", "it": "Italian", "ru": "Russian", "pt": "Portuguese", "nl": "Dutch", "ar": "Arabic",
-}  # fmt: skip
+from glottoscope.study.store import RunStore, digest, read_parquet
 
 NOT_KNOWN = "not known to us"
 KYOTO = (
@@ -35,7 +32,7 @@ def report_key(context: Context, tables_key: str) -> str:
     from glottoscope.study.stages.context import VERSIONS
 
     report = context.study.report.model_dump(mode="json")
-    return digest("report", VERSIONS["report"], tables_key, report, context.study.study.notes)
+    return digest("report", VERSIONS["report"], tables_key, table_key(context), report, context.study.study.notes)
 
 
 def make_report(root: str, key: str, report: Any) -> None:
@@ -72,6 +69,7 @@ def gather(context: Context) -> ReportData:
         evolution_seeds=store.table_or_none("evolution_seeds"),
         sweeps=_renamed(sweeps, names) if sweeps is not None else None,
         truth=_truth(evolution),
+        intervention=_interventions(store, names),
         patterns=_patterns(context),
         pretrain_log=_logs(context),
         settings=study.dump(),
@@ -96,6 +94,15 @@ def _renamed(table: pa.Table, names: dict[str, str]) -> pa.Table:
         return table
     index = table.schema.get_field_index("model")
     return table.set_column(index, "model", pa.array([names[x] for x in table["model"].to_pylist()], pa.string()))
+
+
+def _interventions(store: RunStore, names: dict[str, str]) -> pa.Table | None:
+    """Rows of the study file's interventions, or, where it asks for none, of the first of the command line's."""
+    table = store.table_or_none("intervention")
+    if table is None or table.num_rows == 0:
+        return None
+    have = sorted(set(table["experiment"].to_pylist()), key=lambda name: (name != STUDY_NAME, name))
+    return _renamed(table.filter(pc.field("experiment") == have[0]), names)
 
 
 def _first_seeds(context: Context) -> list[ModelRun]:

@@ -1,0 +1,209 @@
+"""The base model's loss under many conditions: the text is read once per batch, every condition goes on from there.
+
+Shape legend: W windows, B windows of a batch, T positions, U units, S conditions, D d_model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import PreTrainedModel
+
+from glottoscope.errors import InputError
+from glottoscope.intervention.conditions import Condition, added_norm
+from glottoscope.intervention.parts import Injection
+from glottoscope.lm.capture import capture
+from glottoscope.lm.losses import check_head, loss_of_hidden
+from glottoscope.lm.patch import Step, counted_positions, finish
+
+Report = Callable[[float, float, str], None]
+
+
+class Windows(NamedTuple):
+    """Text cut into windows, each a pass of its own; every target counts in one window only."""
+
+    tokens: NDArray[np.uint32]  # [W, T], padded on the right
+    length: NDArray[np.int64]  # [W]
+    first: NDArray[np.int64]  # [W] first position whose token is scored there
+    unit: NDArray[np.int64]  # [W] unit that the window belongs to
+
+
+class Measured(NamedTuple):
+    """Sums over the scored tokens of every unit."""
+
+    nll: NDArray[np.float64]  # [S, U] nats
+    tokens: NDArray[np.int64]  # [U]
+    added_norm: list[float | None]  # per condition
+
+
+def windows(tokens: NDArray[np.integer], lengths: NDArray[np.integer], *, window: int, stride: int, bos_id: int | None) -> Windows:
+    """Cut sequences into windows of at most `window` tokens, BOS included; each later one starts `stride` tokens on.
+
+    A window's first tokens, which the window before has scored already, are context only. Every window starts with
+    BOS where there is one, as the models were trained.
+
+    Args:
+        tokens: all sequences one after the other, without BOS.
+        lengths: of the sequences, which are the units; each at least 1.
+
+    Raises:
+        InputError: window or stride out of range.
+    """
+    prefix = 0 if bos_id is None else 1
+    room = window - prefix
+    if room < 2 or not 1 <= stride <= room:
+        raise InputError(
+            f"window = {window} and stride = {stride}: give a window of at least {2 + prefix} tokens "
+            f"and a stride from 1 to {max(1, room)}"
+        )
+    lengths = np.asarray(lengths, np.int64)
+    count_U = 1 + np.maximum(0, -(-(lengths - room) // stride))
+    unit_W = np.repeat(np.arange(len(lengths)), count_U)
+    number_W = np.arange(len(unit_W)) - np.repeat(np.cumsum(count_U) - count_U, count_U)
+    start_W = number_W * stride
+    length_W = np.minimum(room, lengths[unit_W] - start_W)
+    offset_W = (np.cumsum(lengths) - lengths)[unit_W] + start_W
+    # What the window before ended with is context; without BOS the very first token has no prediction.
+    first_W = np.where(number_W == 0, 0, room - stride)
+    width = int(length_W.max(initial=0))
+    real = np.arange(width) < length_W[:, None]
+    result = np.zeros((len(unit_W), width + prefix), np.uint32)
+    result[:, prefix:][real] = tokens[(offset_W[:, None] + np.arange(width))[real]]
+    if bos_id is not None:
+        result[:, 0] = bos_id
+    return Windows(result, length_W + prefix, np.maximum(first_W + prefix, 1), unit_W)
+
+
+def measure(
+    base: PreTrainedModel,
+    donor: PreTrainedModel | None,
+    text: Windows,
+    conditions: Sequence[tuple[Condition, Mapping[int, Injection]]],
+    layers: Sequence[int],
+    *,
+    special_ids: Collection[int],
+    batch: int,
+    seed: int,
+    report: Report = lambda *_: None,
+) -> Measured:
+    """Loss of every unit under every condition.
+
+    Args:
+        donor: None where no condition needs one.
+        conditions: with their edits, which sum up the norm they add.
+        layers: that any edit patches or reads; the lowest is where every condition goes on from.
+        seed: of the permutations of the arm `shuffled`.
+
+    Raises:
+        InputError: a loss that is not finite, or a model whose head is not known; names the condition.
+    """
+    check_head(base)
+    if donor is not None:
+        check_head(donor)
+    n_units = int(text.unit.max(initial=-1)) + 1
+    nll_SU = np.zeros((len(conditions), n_units))
+    tokens_U = np.zeros(n_units, np.int64)
+    device = next(base.parameters()).device
+    order = np.argsort(text.length, kind="stable")
+    for start in range(0, len(order), batch):
+        rows = order[start : start + batch]
+        scene = _scene(text, rows, special_ids, device)
+        low = min(layers)
+        with torch.no_grad():
+            state = capture(base, scene.ids_BT, scene.attention_BT, [low])[low]
+            theirs = {} if donor is None else capture(donor, scene.ids_BT, scene.attention_BT, layers)
+        step = Step(scene.ids_BT, scene.counted_BT, theirs)
+        shuffled = Step(scene.ids_BT, scene.counted_BT, theirs, _sources(scene.counted_BT, rows, seed))
+        for s, (condition, edits) in enumerate(conditions):
+            model, known, todo = base, (low, state), edits
+            if condition.arm == "donor":
+                assert donor is not None
+                model, known, todo = donor, (max(theirs), theirs[max(theirs)]), {}
+            last_BTD = finish(
+                model, scene.ids_BT, scene.attention_BT, known, todo, shuffled if condition.arm == "shuffled" else step
+            )
+            nll, n = loss_of_hidden(model, last_BTD, scene.ids_BT, scene.scored_BT, scene.unit_BT, len(scene.units))
+            if not np.isfinite(nll).all():
+                raise InputError(f"condition {describe(condition)}: the loss is not finite; take a smaller alpha")
+            nll_SU[s, scene.units] += nll
+            if s == 0:
+                tokens_U[scene.units] += n
+        report(min(start + batch, len(order)), len(order), f"{len(conditions)} conditions")
+    return Measured(nll_SU, tokens_U, [added_norm(list(edits.values())) for _, edits in conditions])
+
+
+def describe(condition: Condition) -> str:
+    """A condition in words."""
+    parts = [condition.arm, condition.part, None if condition.draw is None else f"draw {condition.draw}"]
+    parts += [None if condition.alpha is None else f"alpha {condition.alpha:g}"]
+    return " ".join(p for p in parts if p)
+
+
+class _Scene(NamedTuple):
+    ids_BT: torch.Tensor
+    attention_BT: torch.Tensor
+    counted_BT: torch.Tensor  # may be patched
+    scored_BT: torch.Tensor  # its token's loss counts
+    unit_BT: torch.Tensor  # place in `units`
+    units: NDArray[np.int64]
+
+
+def _scene(text: Windows, rows: NDArray[np.int64], special_ids: Collection[int], device: torch.device) -> _Scene:
+    length_B = text.length[rows]
+    longest = int(length_B.max())
+    place = np.arange(longest)
+    ids = torch.from_numpy(text.tokens[rows, :longest].astype(np.int64)).to(device)
+    attention = torch.from_numpy(place < length_B[:, None]).to(device)
+    counted = counted_positions(ids, attention, special_ids)
+    scored = counted & torch.from_numpy(place >= text.first[rows][:, None]).to(device)
+    units, local = np.unique(text.unit[rows], return_inverse=True)
+    unit = torch.from_numpy(local.reshape(-1, 1).repeat(longest, axis=1)).to(device)
+    return _Scene(ids, attention.long(), counted, scored, unit, units)
+
+
+def _sources(counted_BT: torch.Tensor, rows: NDArray[np.int64], seed: int) -> torch.Tensor:
+    """Position that each position's addition comes from: the counted ones of a sequence in random order.
+
+    Keys are hashed from (seed, window, position), so that a window's order does not depend on its batch.
+    """
+    counted = counted_BT.cpu().numpy()
+    position = rows[:, None].astype(np.uint64) * np.uint64(1 << 32) + np.arange(counted.shape[1], dtype=np.uint64)
+    keys = _mixed(_mixed(position) ^ np.uint64(seed % 2**64)) >> np.uint64(1)
+    ordered = np.argsort(~counted, axis=1, kind="stable")
+    drawn = np.argsort(np.where(counted, keys, np.uint64(2**64 - 1)), axis=1, kind="stable")
+    source = np.empty_like(ordered)
+    np.put_along_axis(source, ordered, drawn, axis=1)
+    return torch.from_numpy(source).to(counted_BT.device)
+
+
+def _mixed(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The finaliser of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014): every bit depends on every bit."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def masses(
+    donor: PreTrainedModel, text: Windows, readers: Mapping[int, Any], *, special_ids: Collection[int], batch: int
+) -> dict[int, NDArray[np.float64]]:
+    """Activation mass of every feature of the donor's SAEs: layer -> sum of z over the counted positions, [N].
+
+    Args:
+        readers: layer -> the SAE's reader.
+    """
+    device = next(donor.parameters()).device
+    result = {layer: np.zeros(reader.sae.n) for layer, reader in readers.items()}
+    order = np.argsort(text.length, kind="stable")
+    for start in range(0, len(order), batch):
+        scene = _scene(text, order[start : start + batch], special_ids, device)
+        states = capture(donor, scene.ids_BT, scene.attention_BT, list(readers))
+        for layer, reader in readers.items():
+            codes = reader.codes(states[layer])
+            counted = scene.counted_BT.to(codes.values_BTK.device)
+            values, indices = codes.values_BTK[counted].double(), codes.indices_BTK[counted]
+            result[layer] += np.bincount(indices.cpu().numpy().ravel(), values.cpu().numpy().ravel(), minlength=reader.sae.n)
+    return result

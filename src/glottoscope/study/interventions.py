@@ -1,0 +1,157 @@
+"""`glottoscope intervene`: experiments beside those of the study file, in a run that is there."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import tomli_w
+from rich.console import Console
+from rich.table import Table
+
+from glottoscope.errors import InputError
+from glottoscope.study.config import InterventionConfig
+from glottoscope.study.engine import Engine, Failure
+from glottoscope.study.load import parse_study
+from glottoscope.study.runner import default_workers, explain, remake_report_locked
+from glottoscope.study.stages.context import Context
+from glottoscope.study.stages.intervene import units
+from glottoscope.study.stages.intervene.comet_scoring import score_comet
+from glottoscope.study.stages.intervene.experiments import STUDY_NAME, Experiment, experiments
+from glottoscope.study.store import RunStore
+
+
+class Comet(NamedTuple):
+    """Where a COMET model and its environment lie on this machine."""
+
+    model: Path
+    environment: Path | None
+    gpus: int
+    batch_size: int
+
+
+def settings_of(store: RunStore, changes: Mapping[str, Any], overrides: Sequence[str]) -> InterventionConfig:
+    """The study's intervention (or the defaults) with changes.
+
+    Args:
+        changes: fields of [intervention]; translation = None leaves it out, {} takes its defaults.
+        overrides: `intervention.tokens=1000` and the like.
+
+    Raises:
+        InputError: as a study file's.
+    """
+    study = store.study()
+    raw = study.dump()
+    given = dict(raw.get("intervention") or {})
+    for name, value in changes.items():
+        if value is None:
+            given.pop(name, None)
+        elif isinstance(value, Mapping):
+            given[name] = {**(given.get(name) or {}), **value}
+        else:
+            given[name] = value
+    raw["intervention"] = given
+    changed = parse_study(tomli_w.dumps(raw), name="intervention", folder=Path.cwd(), overrides=_only_ours(overrides))
+    assert changed.intervention is not None
+    rest = (s.model_dump(exclude={"intervention"}) for s in (study, changed))
+    if next(rest) != next(rest):
+        raise InputError("--set: only fields of [intervention] can be changed here, as in --set intervention.tokens=50000")
+    return changed.intervention
+
+
+def _only_ours(overrides: Sequence[str]) -> list[str]:
+    return [x if x.split("=")[0].strip().startswith("intervention.") else f"intervention.{x}" for x in overrides]
+
+
+def intervene(
+    root: Path, config: InterventionConfig, *, name: str, workers: int | None, console: Console, comet: Comet | None = None
+) -> list[Failure]:
+    """Make the experiments of `config`, the table of interventions and the report; complete ones are not made again.
+
+    Raises:
+        InputError: bad input found before anything runs.
+    """
+    store = RunStore(root)
+    store.manifest()
+    if name == STUDY_NAME:
+        raise InputError(f"--name {name}: that is the name of the study file's own interventions; choose another")
+    with store.lock():
+        for path in store.leftovers():
+            store.remove(path)
+        context = Context.open(root)
+        store.table("features")  # says what to do where the study is not complete
+        wanted = experiments(context, config, name)
+        count = workers or default_workers(context.study)
+        on_cpu = context.device().type == "cpu"
+        with Engine(count, context.study.compute.threads, store.log_path, console, fast_matmul=on_cpu) as engine:
+            for stage in (units.prepare_units, units.measure_units):
+                outcome = engine.run("intervene", stage(context, wanted))
+                if outcome.failures:
+                    explain(console, outcome, "intervene")
+                    return outcome.failures
+            if comet is not None:
+                for experiment in wanted:
+                    score_comet(context, experiment, comet.model, comet.environment, comet.gpus, comet.batch_size, console)
+            for missing in (units.effect_units(context, wanted), None):
+                outcome = engine.run("intervene", units.table_units(context) if missing is None else missing)
+                if outcome.failures:
+                    explain(console, outcome, "intervene")
+                    return outcome.failures
+        remake_report_locked(root, console)
+    return []
+
+
+def print_effects(root: Path, config: InterventionConfig, name: str, console: Console) -> None:
+    """What was found, in the terminal: pooled perplexity and scores of translation, by part."""
+    context = Context.open(root)
+    table = context.store.table("intervention")
+    for experiment in experiments(context, config, name):
+        rows = _of(table, experiment)
+        for text in dict.fromkeys(rows["text"].to_pylist()):
+            if text != "dev":
+                _print(rows.filter(pc.field("text") == text), experiment, text, console)
+
+
+def _of(table: pa.Table, experiment: Experiment) -> pa.Table:
+    wanted = {
+        "experiment": experiment.name, "model": experiment.model, "base_step": experiment.base, "donor_step": experiment.donor,
+        "layers": "+".join(map(str, experiment.layers)), "donor_model": experiment.donor_model,
+        "mode": experiment.config.mode, "scale": experiment.config.scale,
+    }  # fmt: skip
+    for column, value in wanted.items():
+        table = table.filter(pc.field(column) == value)
+    return table
+
+
+def _print(rows: pa.Table, experiment: Experiment, text: str, console: Console) -> None:
+    shown = Table("part", "alpha", title=f"{experiment.title}, {text}", title_justify="left")
+    measures = list(dict.fromkeys(zip(rows["metric"].to_pylist(), rows["language"].to_pylist(), strict=True)))
+    measures = [m for m in measures if (m[0] == "ppl" or text == "translation")]
+    for metric, language in measures:
+        shown.add_column(f"{metric} {language}")
+    shown.add_column("rank among draws")
+    found = rows.to_pylist()
+    lines = dict.fromkeys(
+        (r["arm"], r["part"], r["alpha"]) for r in found if r["arm"] not in ("random", "random_other") and r["chosen"]
+    )
+    for arm, part, alpha in lines:
+        mine = {(r["metric"], r["language"]): r for r in found if (r["arm"], r["part"], r["alpha"]) == (arm, part, alpha)}
+        cells = [_cell(mine.get(m)) for m in measures]
+        ranked = mine.get(("ppl", "all")) if text != "translation" else None
+        rank = f"{ranked['rank']} of {ranked['n_random']}" if ranked and ranked["rank"] is not None else ""
+        note = next((r["note"] for r in mine.values() if r["note"]), None)
+        words = part if arm == "part" else f"{arm} {part or ''}".strip()
+        shown.add_row(words, "" if alpha is None else f"{alpha:g}", *cells, rank or note or "")
+    console.print(shown)
+
+
+def _cell(row: Mapping[str, Any] | None) -> str:
+    if row is None or row["value"] is None or not math.isfinite(row["value"]):
+        return ""
+    if row["arm"] == "baseline" or row["change_low"] is None:
+        return f"{row['value']:.3f}"
+    return f"{row['value']:.3f} ({row['change']:+.3f} [{row['change_low']:+.3f}, {row['change_high']:+.3f}])"

@@ -1,0 +1,1 @@
+"""Stage "intervene": experiments of a study, what they measure, and their table."""

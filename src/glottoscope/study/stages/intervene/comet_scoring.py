@@ -1,0 +1,60 @@
+"""COMET of an experiment's translations, in COMET's own environment; each different output is scored once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+from rich.console import Console
+from rich.progress import Progress
+
+from glottoscope.atomic import write_json, write_table
+from glottoscope.errors import InputError
+from glottoscope.intervention import comet
+from glottoscope.study.stages.context import Context
+from glottoscope.study.stages.intervene.experiments import Experiment, translate_key
+from glottoscope.study.stages.intervene.translating import load_translations, tasks_of
+from glottoscope.study.store import digest
+
+
+def score_comet(
+    context: Context, experiment: Experiment, model: Path, environment: Path | None, gpus: int, batch_size: int, console: Console
+) -> None:
+    """Write comet.parquet (direction, condition, pair, score) and comet.json, which says what scored; nothing where both
+    are there for this model and these translations.
+
+    Raises:
+        InputError: nothing was translated, or COMET cannot be run; says what to do.
+    """
+    if experiment.config.translation is None:
+        raise InputError("--comet scores translations: add --translate")
+    folder = experiment.folder(context)
+    key = digest("comet", comet.fingerprint(model), translate_key(context, experiment))
+    if (folder / "comet.json").exists() and context.store.is_done(folder, "comet", key):
+        return
+    rows: list[tuple[str, int, int]] = []
+    wanted: dict[tuple[str, str, str], int] = {}
+    places: list[int] = []
+    for task in tasks_of(context, experiment):
+        direction = f"{task.source}-{task.target}"
+        for condition, texts in load_translations(context, experiment, direction).items():
+            for pair, (text, (source, reference)) in enumerate(zip(texts, task.pairs, strict=True)):
+                rows.append((direction, condition, pair))
+                places.append(wanted.setdefault((source, text, reference), len(wanted)))
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        bar = progress.add_task(f"COMET {experiment.title}", total=len(wanted))
+        sources, outputs, references = (list(x) for x in zip(*wanted, strict=True))
+        scores = comet.score(
+            model, sources, outputs, references, environment=environment, batch_size=batch_size, gpus=gpus,
+            report=lambda done, _total: progress.update(bar, completed=done),
+        )  # fmt: skip
+    columns = list(zip(*rows, strict=True))
+    table = pa.table({
+        "direction": pa.array(columns[0], pa.string()), "condition": pa.array(columns[1], pa.int64()),
+        "pair": pa.array(columns[2], pa.int64()), "score": pa.array([scores[i] for i in places], pa.float64()),
+    })  # fmt: skip
+    context.store.begin(folder, "comet")
+    write_table(folder / "comet.parquet", table)
+    about = {"model": model.name, "fingerprint": comet.fingerprint(model), "versions": comet.versions(environment)}
+    write_json(folder / "comet.json", {"key": key, **about})
+    context.store.mark_done(folder, "comet", key, about, ["comet.parquet", "comet.json"])

@@ -1,0 +1,279 @@
+"""From what was measured to rows: every condition against the baseline, with intervals, gap closed and rank among draws."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+from numpy.typing import NDArray
+
+from glottoscope.atomic import atomic_path, write_table
+from glottoscope.intervention.conditions import Condition
+from glottoscope.intervention.effects import nll_score, paired_effects, ppl_score, ranks
+from glottoscope.intervention.scores import Bleu, ChrF, ConceptRecall, ExactMatch, ratio
+from glottoscope.study.config import PlantedCorpus
+from glottoscope.study.plan import seed_for
+from glottoscope.study.stages.context import Context
+from glottoscope.study.stages.intervene.experiments import Experiment, all_experiments, effects_key, read_plan
+from glottoscope.study.stages.intervene.measuring import load_losses
+from glottoscope.study.stages.intervene.preparing import load_conditions
+from glottoscope.study.stages.intervene.texts import text_of
+from glottoscope.study.stages.intervene.translating import Task, load_translations, tasks_of
+from glottoscope.study.store import digest, read_parquet
+
+Score = Callable[[NDArray[np.float64]], NDArray[np.float64]]
+STRINGS = ("experiment", "control", "family", "model", "donor_model", "layers", "text", "arm", "part", "mode", "scale", "metric",
+           "language", "note")  # fmt: skip
+COLUMNS = (
+    "experiment", "control", "family", "model", "d_model", "n_params", "lm_seed", "sae_seed", "layer", "layers", "base_step",
+    "donor_model", "donor_step", "base_tokens", "donor_tokens", "text", "arm", "part", "draw", "mode", "scale", "alpha",
+    "chosen", "metric", "language", "value", "change", "change_low", "change_high", "gap_closed", "gap_closed_low",
+    "gap_closed_high", "added_norm", "change_per_norm", "mass", "n_features", "n_units", "rank", "n_random", "rank_other",
+    "n_random_other", "note",
+)  # fmt: skip
+FLOATS = {
+    "alpha", "value", "change", "change_low", "change_high", "gap_closed", "gap_closed_low", "gap_closed_high", "added_norm",
+    "change_per_norm", "mass",
+}  # fmt: skip
+
+
+def schema() -> pa.Schema:
+    """Columns of tables/intervention.parquet, in order."""
+
+    def kind(name: str) -> pa.DataType:
+        if name in STRINGS:
+            return pa.string()
+        if name == "chosen":
+            return pa.bool_()
+        return pa.float64() if name in FLOATS else pa.int64()
+
+    return pa.schema([(name, kind(name)) for name in COLUMNS])
+
+
+class Measure(NamedTuple):
+    """One number of every condition: sums per unit, and how they become a value."""
+
+    text: str
+    metric: str
+    language: str
+    better: str  # "lower" | "higher"
+    score: Score
+    conditions: list[int]  # numbers in the plan (dev: in its own list)
+    totals: NDArray[np.float64]  # [S, U, C]
+    group: NDArray[np.int64]  # [U]
+
+
+def make_effects(root: str, raw: dict[str, Any], report: Callable[..., None]) -> None:
+    """Write rows.parquet of one experiment."""
+    context, experiment = Context.open(root), Experiment.parse(raw)
+    folder = experiment.folder(context)
+    key = effects_key(context, experiment)
+    context.store.begin(folder, "effects")
+    rows = []
+    for n, measure in enumerate(_measures(context, experiment)):
+        report(n, n + 1, f"{measure.text} {measure.metric} {measure.language}")
+        rows += _rows(context, experiment, measure)
+    rows += _empty(context, experiment)
+    write_table(folder / "rows.parquet", pa.Table.from_pylist(rows, schema()))
+    context.store.mark_done(folder, "effects", key, {}, ["rows.parquet"])
+
+
+# ---- what was measured
+
+
+def _measures(context: Context, experiment: Experiment) -> Iterator[Measure]:
+    conditions, _ = load_conditions(context, experiment)
+    folder = experiment.folder(context)
+    with np.load(folder / "dev.npz") as dev:
+        yield from _losses(context, experiment, "dev", list(range(len(dev["nll"]))), dev["nll"], dev["tokens"])
+    for text in experiment.config.texts:
+        if text == "documents" or "test" in context.token_info.aligned:
+            found = load_losses(context, experiment, text)
+            yield from _losses(context, experiment, text, list(range(len(conditions))), found.nll, found.tokens)
+    if experiment.config.translation is not None:
+        for task in tasks_of(context, experiment):
+            yield from _translations(context, experiment, task)
+
+
+def _losses(
+    context: Context, experiment: Experiment, name: str, conditions: list[int], nll_SU: NDArray[np.float64],
+    tokens_U: NDArray[np.int64],
+) -> Iterator[Measure]:  # fmt: skip
+    text = text_of(context, experiment.config, name)
+    totals = np.stack([nll_SU, np.broadcast_to(tokens_U, nll_SU.shape).astype(np.float64)], axis=-1)
+    for g, language in [*enumerate(context.study.languages), (None, "all")]:
+        mine = np.flatnonzero(tokens_U > 0) if g is None else np.flatnonzero((text.language == g) & (tokens_U > 0))
+        if len(mine):
+            for metric, score in (("nll", nll_score), ("ppl", ppl_score)):
+                yield Measure(name, metric, language, "lower", score, conditions, totals[:, mine], text.group[mine])
+
+
+def _translations(context: Context, experiment: Experiment, task: Task) -> Iterator[Measure]:
+    direction = f"{task.source}-{task.target}"
+    outputs = load_translations(context, experiment, direction)
+    conditions, references = sorted(outputs), [t for _, t in task.pairs]
+    translation = experiment.config.translation
+    assert translation is not None
+    planted = isinstance(context.study.corpus, PlantedCorpus)
+    tokenize = "none" if planted and translation.bleu_tokenize == "auto" else translation.bleu_tokenize
+    for metric in (ChrF(), Bleu(task.target, tokenize), ExactMatch()):
+        totals = np.stack([metric.statistics(outputs[c], references) for c in conditions]).astype(np.float64)
+        yield Measure("translation", metric.name, direction, metric.better, metric.score, conditions, totals, task.article)
+    if planted:
+        recall = ConceptRecall()
+        concepts = [_concepts(context, text) for text in references]
+        totals = np.stack([recall.statistics([_concepts(context, t) for t in outputs[c]], concepts) for c in conditions])
+        yield Measure("translation", recall.name, direction, recall.better, recall.score, conditions, totals.astype(np.float64),
+                      task.article)  # fmt: skip
+    scores = comet_scores(experiment.folder(context) / "comet.parquet", direction, len(references))
+    if scores:
+        chosen = sorted(scores)
+        totals = np.stack([np.stack([scores[c], np.ones(len(references))], axis=-1) for c in chosen])
+        yield Measure("translation", "comet", direction, "higher", ratio, chosen, totals, task.article)
+
+
+def _concepts(context: Context, text: str) -> list[int]:
+    concept = context.vocabulary.concept
+    assert concept is not None
+    ids = context.__dict__.setdefault("_word_ids", {w.strip(): i for i, w in enumerate(context.vocabulary.text)})
+    found = [int(concept[ids[w]]) for w in text.split() if w in ids]
+    return [c for c in found if c >= 0]
+
+
+def comet_scores(path: Any, direction: str, n_pairs: int) -> dict[int, NDArray[np.float64]]:
+    """Condition -> COMET of every pair [P]; empty where none were made."""
+    if not path.exists():
+        return {}
+    result: dict[int, NDArray[np.float64]] = {}
+    for row in read_parquet(path).to_pylist():
+        if row["direction"] == direction:
+            result.setdefault(row["condition"], np.full(n_pairs, np.nan))[row["pair"]] = row["score"]
+    return result
+
+
+# ---- rows
+
+
+def _key(context: Context, experiment: Experiment) -> dict[str, Any]:
+    base, donor = experiment.cells(context)
+    run = base.model
+    assert run.shape is not None
+    return {
+        "experiment": experiment.name, "control": run.control, "family": run.family, "model": run.name,
+        "d_model": run.shape.d_model, "n_params": run.shape.n_params, "lm_seed": run.lm_seed, "sae_seed": experiment.seed,
+        "layer": min(experiment.layers), "layers": "+".join(map(str, experiment.layers)), "base_step": experiment.base,
+        "donor_model": experiment.donor_model, "donor_step": experiment.donor, "base_tokens": base.checkpoint.tokens_seen,
+        "donor_tokens": donor.checkpoint.tokens_seen, "mode": experiment.config.mode, "scale": experiment.config.scale,
+    }  # fmt: skip
+
+
+def _dev_conditions(experiment: Experiment, chosen: float) -> list[Condition]:
+    alphas = experiment.config.alphas
+    return [
+        Condition("baseline"), Condition("donor"),
+        *(Condition("part", "all", alpha=a, chosen=a == chosen, features="all") for a in alphas),
+    ]  # fmt: skip
+
+
+def _rows(context: Context, experiment: Experiment, measure: Measure) -> list[dict[str, Any]]:
+    folder = experiment.folder(context)
+    plan = read_plan(folder)
+    every, sets = load_conditions(context, experiment)
+    if measure.text == "dev":
+        every = _dev_conditions(experiment, plan["alpha"])
+    conditions = [every[i] for i in measure.conditions]
+    found = paired_effects(
+        measure.totals, measure.score, baseline=_place(conditions, "baseline"), donor=_place(conditions, "donor"),
+        groups=measure.group, n_boot=experiment.config.bootstrap, seed=seed_for(context.study, "effects", measure.text) % 2**32,
+    )  # fmt: skip
+    norms = _norms(context, experiment, measure)
+    key = _key(context, experiment)
+    rows = []
+    for s, condition in enumerate(conditions):
+        norm = norms[measure.conditions[s]] if len(norms) else math.nan
+        change = float(found.change[s])
+        strength = condition.arm in ("part", "random", "random_other", "self", "shuffled", "state")
+        row = {
+            **key, "text": measure.text, "arm": condition.arm, "part": condition.part, "draw": condition.draw,
+            "alpha": condition.alpha if strength else None, "chosen": condition.chosen, "metric": measure.metric,
+            "language": measure.language, "value": float(found.value[s]), "change": change,
+            "change_low": float(found.change_low[s]), "change_high": float(found.change_high[s]),
+            "gap_closed": float(found.gap_closed[s]), "gap_closed_low": float(found.gap_closed_low[s]),
+            "gap_closed_high": float(found.gap_closed_high[s]), "added_norm": float(norm),
+            "change_per_norm": change / norm if norm > 0 else math.nan,
+            "mass": plan["mass"].get(condition.features), "n_features": _n_features(sets, condition),
+            "n_units": measure.totals.shape[1], "note": plan["notes"].get(condition.part) if condition.part else None,
+        }  # fmt: skip
+        if condition.arm == "part" and condition.chosen:
+            row |= _ranks(conditions, found.value, s, measure.better, plan["notes"])
+        rows.append({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()})
+    return rows
+
+
+def _place(conditions: Sequence[Condition], arm: str) -> int:
+    return next(i for i, c in enumerate(conditions) if c.arm == arm)
+
+
+def _norms(context: Context, experiment: Experiment, measure: Measure) -> NDArray[np.float64]:
+    """Added norm of every condition of the plan on this text; for translation, that on the documents."""
+    if measure.text == "dev":
+        with np.load(experiment.folder(context) / "dev.npz") as dev:
+            return dev["added_norm"]
+    if measure.text == "translation":
+        return np.array([])
+    return load_losses(context, experiment, measure.text).added_norm
+
+
+def _n_features(sets: dict[int, dict[str, NDArray[np.bool_]]], condition: Condition) -> int | None:
+    if condition.features is None:
+        return None
+    return int(sum(found[condition.features].sum() for found in sets.values()))
+
+
+def _ranks(
+    conditions: Sequence[Condition], values: NDArray[np.float64], s: int, better: Any, notes: dict[str, str]
+) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for arm, ending in (("random", ""), ("random_other", "_other")):
+        draws = np.array([values[i] for i, c in enumerate(conditions) if c.arm == arm and c.part == conditions[s].part])
+        if len(draws):
+            rank, n = ranks(float(values[s]), draws, better)
+            result |= {f"rank{ending}": rank, f"n_random{ending}": n}
+        elif why := notes.get(f"{arm}:{conditions[s].part}"):
+            result["note"] = f"{result['note']}; {arm}: {why}" if result.get("note") else f"{arm}: {why}"
+    return result
+
+
+def _empty(context: Context, experiment: Experiment) -> list[dict[str, Any]]:
+    """A row without a value for every part that has no features: said, not left out."""
+    notes, first = read_plan(experiment.folder(context))["notes"], experiment.config.texts[0]
+    return [
+        {**_key(context, experiment), "text": first, "arm": "part", "part": part, "chosen": True, "metric": "nll",
+         "language": "all", "n_features": 0, "note": note}
+        for part, note in notes.items() if ":" not in part
+    ]  # fmt: skip
+
+
+# ---- the table
+
+
+def table_key(context: Context) -> str:
+    return digest("intervention", [[e.dump(), effects_key(context, e)] for e in all_experiments(context)])
+
+
+def make_table(root: str, report: Callable[..., None]) -> None:
+    """tables/intervention.parquet and .csv: the rows of every experiment that is complete."""
+    context = Context.open(root)
+    store = context.store
+    store.begin(store.tables_dir, "intervention")
+    key = table_key(context)
+    parts = [read_parquet(e.folder(context) / "rows.parquet") for e in all_experiments(context)]
+    table = pa.concat_tables(parts) if parts else schema().empty_table()
+    write_table(store.table_path("intervention"), table)
+    with atomic_path(store.tables_dir / "intervention.csv") as temporary:
+        pyarrow.csv.write_csv(table, temporary)
+    store.mark_done(store.tables_dir, "intervention", key, {}, ["intervention.parquet", "intervention.csv"])

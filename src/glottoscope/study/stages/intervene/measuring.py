@@ -1,0 +1,69 @@
+"""Losses of an experiment's conditions, some conditions at a time: what a killed run has done stays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from glottoscope.atomic import atomic_path
+from glottoscope.intervention.conditions import edits_of
+from glottoscope.intervention.perplexity import measure
+from glottoscope.study.plan import seed_for
+from glottoscope.study.stages.context import Context
+from glottoscope.study.stages.intervene.experiments import Experiment, chunks, measure_key
+from glottoscope.study.stages.intervene.preparing import load_conditions, open_scene
+from glottoscope.study.stages.intervene.texts import text_of
+
+
+class Losses(NamedTuple):
+    """What was measured on one text, over all conditions of the plan."""
+
+    nll: NDArray[np.float64]  # [S, U]
+    tokens: NDArray[np.int64]  # [U]
+    added_norm: NDArray[np.float64]  # [S], NaN where nothing was added
+
+
+def measured_name(text: str, chunk: int) -> str:
+    return f"{text}-{chunk:03d}"
+
+
+def missing_chunks(context: Context, experiment: Experiment) -> list[tuple[str, int]]:
+    """(text, chunk) that are not measured yet with these settings."""
+    folder = experiment.folder(context)
+    return [
+        (text, i)
+        for text in experiment.config.texts
+        if text == "documents" or "test" in context.token_info.aligned
+        for i in range(len(chunks(folder)))
+        if not context.store.is_done(folder, measured_name(text, i), measure_key(context, experiment, text))
+    ]
+
+
+def measure_chunk(root: str, raw: dict[str, Any], text: str, chunk: int, report: Callable[..., None]) -> None:
+    """Losses of every unit of a text under one chunk of the conditions."""
+    context, experiment = Context.open(root), Experiment.parse(raw)
+    config, folder, name = experiment.config, experiment.folder(context), measured_name(text, chunk)
+    conditions, sets = load_conditions(context, experiment)
+    scene = open_scene(context, experiment)
+    chosen = [conditions[i] for i in chunks(folder)[chunk]]
+    pairs = [(c, edits_of(c, scene.readers, sets, config.mode, config.scale)) for c in chosen]
+    found = measure(
+        scene.base, scene.donor, text_of(context, config, text).windows, pairs, experiment.layers,
+        special_ids=context.token_info.special_ids, batch=context.study.compute.lm_batch,
+        seed=seed_for(context.study, "shuffled-positions", text), report=report,
+    )  # fmt: skip
+    context.store.begin(folder, name)
+    with atomic_path(folder / f"{name}.npz") as temporary, open(temporary, "wb") as handle:
+        norms = np.array([np.nan if x is None else x for x in found.added_norm])
+        np.savez(handle, nll=found.nll, tokens=found.tokens, added_norm=norms)
+    context.store.mark_done(folder, name, measure_key(context, experiment, text), {}, [f"{name}.npz"])
+
+
+def load_losses(context: Context, experiment: Experiment, text: str) -> Losses:
+    """All chunks of a text together."""
+    folder = experiment.folder(context)
+    parts = [np.load(folder / f"{measured_name(text, i)}.npz") for i in range(len(chunks(folder)))]
+    return Losses(np.concatenate([p["nll"] for p in parts]), parts[0]["tokens"], np.concatenate([p["added_norm"] for p in parts]))

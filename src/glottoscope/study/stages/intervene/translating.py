@@ -1,0 +1,241 @@
+"""Translations of an experiment's conditions: the sentences, the prompts, and greedy decoding of some conditions at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from glottoscope.atomic import write_table
+from glottoscope.corpus.llm_jp_eval import read_translation
+from glottoscope.corpus.readers import AlignedPair, read_aligned
+from glottoscope.corpus.tokens import encoder, read_aligned_tokens
+from glottoscope.errors import InputError
+from glottoscope.intervention.conditions import Condition, edits_of
+from glottoscope.intervention.generation import greedy
+from glottoscope.intervention.prompts import Prompts, Template, cut_output, fit_prompts, stop_token_ids
+from glottoscope.study.config import LANGUAGE_NAMES, PlantedCorpus, TextCorpus
+from glottoscope.study.stages.context import Context
+from glottoscope.study.stages.intervene.experiments import TRANSLATED_CHUNK, Experiment, translate_key
+from glottoscope.study.stages.intervene.preparing import load_conditions, open_scene
+from glottoscope.study.stages.tokenizing import aligned_pairs, load_run_tokenizer
+from glottoscope.study.store import read_parquet
+
+
+class Task(NamedTuple):
+    """Sentences to translate in one direction."""
+
+    source: str
+    target: str
+    pairs: list[tuple[str, str]]
+    article: NDArray[np.int64]  # what a bootstrap resamples
+    shots: list[tuple[str, str]]
+
+
+def tasks_of(context: Context, experiment: Experiment) -> list[Task]:
+    """Both directions between the first two languages, with their sentences and examples.
+
+    Raises:
+        InputError: sentences without a direction, or none; from the readers.
+    """
+    translation = experiment.config.translation
+    assert translation is not None
+    a, b = context.study.languages[:2]
+    given: dict[tuple[str, str], tuple[list[tuple[str, str, str]], list[tuple[str, str]]]] = {}
+    for path in translation.files:
+        if path.endswith(".json"):
+            found = read_translation(path)
+            rows = [(s, t, str(i)) for i, (s, t) in enumerate(found.pairs)]  # its samples name no article
+            given[found.direction] = (rows, list(found.shots))
+        else:
+            both = read_aligned(path, languages=(a, b), limit=translation.pairs)
+            _both_ways(given, both, [], (a, b))
+    if not translation.files:
+        _both_ways(given, _aligned(context, "test"), _aligned(context, "dev"), (a, b))
+    tasks = []
+    for (source, target), (rows, shots) in given.items():
+        if (source, target) not in ((a, b), (b, a)):
+            raise InputError(f"translation from {source} to {target}: the study's languages are {a} and {b}")
+        if not shots and translation.shots:
+            dev = _aligned(context, "dev")
+            side = (0, 1) if source == a else (1, 0)
+            # Of different articles where there are enough, so that the examples are not one text.
+            shots = [(p.texts[side[0]], p.texts[side[1]]) for p in _spread(dev, translation.shots)]
+        if len(shots) < translation.shots:
+            raise InputError(
+                f"translation needs {translation.shots} examples and has {len(shots)}: "
+                "give corpus.aligned.dev, or lower intervention.translation.shots"
+            )
+        rows = rows[: translation.pairs]
+        _, article = np.unique([r[2] for r in rows], return_inverse=True)
+        tasks.append(Task(source, target, [(s, t) for s, t, _ in rows], article.astype(np.int64), shots[: translation.shots]))
+    return tasks
+
+
+def _both_ways(given: Any, pairs: list[AlignedPair], dev: list[AlignedPair], languages: tuple[str, str]) -> None:
+    a, b = languages
+    if not pairs:
+        raise InputError("there are no sentences to translate: give intervention.translation.files or corpus.aligned.test")
+    for source, target, i, j in ((a, b, 0, 1), (b, a, 1, 0)):
+        given[source, target] = ([(p.texts[i], p.texts[j], p.article) for p in pairs], [])
+
+
+def _spread(pairs: list[AlignedPair], n: int) -> list[AlignedPair]:
+    first = list({p.article: p for p in reversed(pairs)}.values())[::-1]
+    return first[:n] if len(first) >= n else pairs[:n]
+
+
+def _aligned(context: Context, which: str) -> list[AlignedPair]:
+    """Aligned sentences as text; the planted world's from its tokens."""
+    if which not in context.token_info.aligned:
+        return []
+    if isinstance(context.study.corpus, TextCorpus):
+        return aligned_pairs(context.study.corpus, which)
+    aligned, words = read_aligned_tokens(context.store.aligned_dir, which), context.world()
+    texts = [
+        [words.text(row[1:length]) for row, length in zip(side, lengths, strict=True)]
+        for side, lengths in zip(aligned.tokens, aligned.length, strict=True)
+    ]
+    return [AlignedPair(i, str(g), pair) for i, g, pair in zip(aligned.ids, aligned.article, zip(*texts, strict=True), strict=True)]
+
+
+def template_of(context: Context, experiment: Experiment) -> Template:
+    """The study's template, or the default of its corpus."""
+    translation = experiment.config.translation
+    assert translation is not None
+    if isinstance(context.study.corpus, PlantedCorpus):
+        shot, query, stop = "{source} <sep> {target} <sep> ", "{source} <sep>", " <sep>"
+    else:
+        shot, query, stop = "{source_name}: {source}\n{target_name}: {target}\n\n", "{source_name}: {source}\n{target_name}:", "\n"
+    return Template(translation.shot or shot, translation.query or query, translation.stop or stop)
+
+
+class Asked(NamedTuple):
+    """A task as the models see it."""
+
+    prompts: Prompts
+    stop_ids: set[int]
+    stop: str
+
+
+def ask(context: Context, experiment: Experiment, task: Task, tokenizer: Any, max_length: int | None) -> Asked:
+    """Prompts of a task, and what ends a translation.
+
+    Raises:
+        InputError: a prompt that does not fit the model; says which.
+    """
+    translation, template, info = experiment.config.translation, template_of(context, experiment), context.token_info
+    assert translation is not None
+    corpus = context.study.corpus
+    bos = None if isinstance(corpus, TextCorpus) and corpus.bos == "none" else info.bos_id
+    prompts = fit_prompts(
+        encoder(tokenizer), template, task.shots, [s for s, _ in task.pairs],
+        source_name=LANGUAGE_NAMES.get(task.source, task.source), target_name=LANGUAGE_NAMES.get(task.target, task.target),
+        bos_id=bos, max_length=max_length, new_tokens=translation.max_new_tokens,
+    )  # fmt: skip
+    pieces = context.vocabulary.piece
+    ends = stop_token_ids(pieces, template.stop) | stop_token_ids(pieces, template.stop.strip() or template.stop)
+    return Asked(prompts, ends | set(info.special_ids), template.stop)
+
+
+def translated_conditions(context: Context, experiment: Experiment) -> list[int]:
+    """Which of the plan's conditions are translated: everything at the chosen strength, and the first draws.
+
+    Positions are not shuffled: while a sentence is written there is one position at a time. Draws come from all alive
+    features only.
+    """
+    translation = experiment.config.translation
+    assert translation is not None
+    conditions, _ = load_conditions(context, experiment)
+
+    def wanted(c: Condition) -> bool:
+        if c.arm in ("baseline", "donor", "self", "reconstruction", "state", "state_replaced"):
+            return True
+        if c.arm == "part":
+            return c.chosen
+        drawn = translation.drawn is None or c.part in translation.drawn
+        return c.arm == "random" and drawn and (c.draw or 0) < translation.draws
+
+    return [i for i, c in enumerate(conditions) if wanted(c)]
+
+
+def translated_chunks(context: Context, experiment: Experiment) -> list[list[int]]:
+    chosen = translated_conditions(context, experiment)
+    return [chosen[i : i + TRANSLATED_CHUNK] for i in range(0, len(chosen), TRANSLATED_CHUNK)]
+
+
+def translated_name(task: str, chunk: int) -> str:
+    return f"translation-{task}-{chunk:03d}"
+
+
+def directions(context: Context, experiment: Experiment) -> list[str]:
+    return [f"{t.source}-{t.target}" for t in tasks_of(context, experiment)]
+
+
+def missing_translations(context: Context, experiment: Experiment) -> list[tuple[str, int]]:
+    """(direction, chunk) that are not translated yet with these settings."""
+    if experiment.config.translation is None:
+        return []
+    folder, key = experiment.folder(context), translate_key(context, experiment)
+    n = len(translated_chunks(context, experiment))
+    return [
+        (direction, i)
+        for direction in directions(context, experiment)
+        for i in range(n)
+        if not context.store.is_done(folder, translated_name(direction, i), key)
+    ]
+
+
+def translate_chunk(root: str, raw: dict[str, Any], direction: str, chunk: int, report: Callable[..., None]) -> None:
+    """Translations of one chunk of the conditions: condition, pair, text."""
+    context, experiment = Context.open(root), Experiment.parse(raw)
+    config, folder, name = experiment.config, experiment.folder(context), translated_name(direction, chunk)
+    assert config.translation is not None
+    task = next(t for t in tasks_of(context, experiment) if f"{t.source}-{t.target}" == direction)
+    conditions, sets = load_conditions(context, experiment)
+    scene, tokenizer = open_scene(context, experiment), load_run_tokenizer(context)
+    asked = ask(context, experiment, task, tokenizer, _positions(scene.base))
+    rows: list[tuple[int, int, str]] = []
+    chosen = translated_chunks(context, experiment)[chunk]
+    for n, i in enumerate(chosen):
+        condition = conditions[i]
+        found = greedy(
+            scene.donor if condition.arm == "donor" else scene.base, asked.prompts.prefix, asked.prompts.rows,
+            asked.prompts.length, max_new_tokens=config.translation.max_new_tokens, stop_ids=asked.stop_ids,
+            batch=config.translation.batch, edits=edits_of(condition, scene.readers, sets, config.mode, config.scale),
+            donor=scene.donor, special_ids=context.token_info.special_ids,
+            report=lambda done, total, _words, n=n: report(n + done / total, len(chosen), "conditions"),
+        )  # fmt: skip
+        rows += [(i, p, _text(context, tokenizer, ids, asked.stop)) for p, ids in enumerate(found)]
+    context.store.begin(folder, name)
+    columns = list(zip(*rows, strict=True))
+    table = pa.table({"condition": pa.array(columns[0], pa.int64()), "pair": pa.array(columns[1], pa.int64()), "text": columns[2]})
+    write_table(folder / f"{name}.parquet", table)
+    context.store.mark_done(
+        folder, name, translate_key(context, experiment), {"dropped_shots": asked.prompts.dropped}, [f"{name}.parquet"]
+    )
+
+
+def _positions(model: Any) -> int | None:
+    """Positions the model knows; one with rotary embeddings goes on beyond them badly, so they are a limit, too."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def _text(context: Context, tokenizer: Any, ids: list[int], stop: str) -> str:
+    if isinstance(context.study.corpus, PlantedCorpus):
+        return cut_output(context.world().text(np.array(ids, np.int64)), stop)
+    return cut_output(tokenizer.decode(ids, skip_special_tokens=True), stop)
+
+
+def load_translations(context: Context, experiment: Experiment, direction: str) -> dict[int, list[str]]:
+    """Condition -> texts in the order of the pairs."""
+    folder = experiment.folder(context)
+    result: dict[int, list[str]] = {}
+    for i in range(len(translated_chunks(context, experiment))):
+        table = read_parquet(folder / f"{translated_name(direction, i)}.parquet")
+        for condition, text in zip(table["condition"].to_pylist(), table["text"].to_pylist(), strict=True):
+            result.setdefault(condition, []).append(text)
+    return result
