@@ -5,11 +5,13 @@ BIN := $(VENV)/bin
 # The benchmarks' own environment, with the peers; make bench BENCH_FLAGS='--only sae --threads 1' (--help shows all)
 BENCH := .venv-bench
 BENCH_FLAGS ?=
+# COMET's own environment: unbabel-comet needs transformers < 5 and numpy < 2
+COMET := .venv-comet
 # Another package index for torch, where one is wanted: make setup TORCH_INDEX=URL
 TORCH_INDEX ?=
 PIP_FLAGS := --quiet --disable-pip-version-check -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: help setup setup-dev demo demo-full test test-browser bench bench-quick lint docs clean
+.PHONY: help setup setup-dev demo demo-full test test-browser test-comet bench bench-quick lint docs clean
 
 help:
 	@echo "make setup      make the .venv and install glottoscope"
@@ -17,6 +19,7 @@ help:
 	@echo "make demo-full  the same with three sizes and the negative control (about 8 minutes)"
 	@echo "make test       run the tests"
 	@echo "make test-browser  look at a report in the system's Chromium (playwright drives it; no browser is downloaded)"
+	@echo "make test-comet  make COMET's own environment in $(COMET) and test scoring with the real package (about 4 minutes)"
 	@echo "make bench      install the peers into $(BENCH) and run the benchmarks beside them (about an hour on 2 cores)"
 	@echo "make bench-quick  the same at small shapes (minutes), to see that all of it works"
 	@echo "make lint       ruff and pyright"
@@ -66,6 +69,12 @@ find-browser:
 	  command -v $$name >/dev/null && exit 0; done; \
 	  echo "no Chromium found; on Debian: apt install chromium fonts-noto-cjk" >&2; exit 1
 
+# The environment is made by what `glottoscope comet setup` calls, so that what a user gets is what is tested.
+test-comet: setup-dev
+	@$(BIN)/python -c "from pathlib import Path; from glottoscope.intervention import comet; \
+	  comet.setup(Path('$(COMET)'), extra_index='$(TORCH_INDEX)' or None)"
+	GLOTTOSCOPE_COMET=$(CURDIR)/$(COMET) $(BIN)/python -m pytest tests/comet
+
 # Peers come without their dependencies: what they need is in peers.txt, and torch stays as it is.
 $(BENCH)/.installed: $(BENCH)/bin/python pyproject.toml constraints.txt benchmarks/peers.txt
 	@echo "installing glottoscope and the peers into $(BENCH) ..."
@@ -88,4 +97,4 @@ docs: setup
 	$(BIN)/python -m glottoscope.study.reference docs
 
 clean:
-	rm -rf $(VENV) $(VENV)-bootstrap $(BENCH) $(BENCH)-bootstrap build src/*.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-bootstrap $(BENCH) $(BENCH)-bootstrap $(COMET) build src/*.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -250,13 +250,17 @@ app.add_typer(comet_app, name="comet")
 
 @comet_app.command("setup", epilog="Example: `glottoscope comet setup`")
 def comet_setup(
-    folder: Annotated[Path | None, typer.Option(help="Where. Default: in the user's cache, or $GLOTTOSCOPE_COMET.")] = None,
+    folder: Annotated[Path | None, typer.Option(help="Where. Default: $GLOTTOSCOPE_COMET, or the user's cache.")] = None,
+    python: Annotated[str, typer.Option(help="Interpreter, Python 3.11 or 3.12. Default: this one.")] = sys.executable,
     extra_index: Annotated[str | None, typer.Option(help="Another package index beside the usual one.")] = None,
 ) -> None:
-    """Make the environment that COMET runs in (about 1 GB); `intervene --comet MODEL_PATH` then scores translations."""
-    from glottoscope.intervention import comet
+    """Make the environment that COMET runs in; `glottoscope intervene --comet MODEL_PATH` then scores translations.
 
-    print(f"ready: {comet.setup(folder or comet.default_environment(), extra_index=extra_index)}")
+    It downloads about 1 GB: torch and what unbabel-comet pins. Models are not downloaded: give the folder of one.
+    """
+    from glottoscope.study.interventions import make_comet_environment
+
+    print(f"ready: {make_comet_environment(folder, python, extra_index)}")
 
 
 @app.command(epilog="Example: `glottoscope measure features.jsonl --rule v1 --out features.csv`")

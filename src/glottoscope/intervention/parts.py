@@ -74,11 +74,11 @@ class Injection:
     """An edit (`lm.patch.Edit`) of one layer.
 
     Kinds: part, self and shuffled add the wanted features' sum, of the donor's state, of the base's own, or of the
-    donor's at another position of the sequence. reconstruction puts the SAE's reconstruction of the donor's state,
-    b_dec included, in place of the base's state. state adds the donor's whole unit state; state_replaced puts the
-    donor's state, as it is, in place of the base's. identity takes the base's own state apart and puts it together
-    again with its error: it must change nothing. steer adds the same vector everywhere, the sum of the weighted decoder
-    directions.
+    donor's on another text (another position of the same text could tell what comes next). reconstruction puts the SAE's
+    reconstruction of the donor's state, b_dec included, in place of the base's state. state adds the donor's whole unit
+    state; state_replaced puts the donor's state, as it is, in place of the base's. identity takes the base's own state
+    apart and puts it together again with its error: it must change nothing. steer adds the same vector everywhere, the
+    sum of the weighted decoder directions.
 
     Attributes:
         reader: the SAE that reads the donor's state (self, identity: the base's).

@@ -87,7 +87,7 @@ def measure(
     *,
     special_ids: Collection[int],
     batch: int,
-    seed: int,
+    other_W: NDArray[np.int64] | None = None,
     report: Report = lambda *_: None,
 ) -> Measured:
     """Loss of every unit under every condition.
@@ -96,7 +96,7 @@ def measure(
         donor: None where no condition needs one.
         conditions: with their edits, which sum up the norm they add.
         layers: that any edit patches or reads; the lowest is where every condition goes on from.
-        seed: of the permutations of the arm `shuffled`.
+        other_W: for the arm `shuffled`, the window whose donor states stand in for each window's own.
 
     Raises:
         InputError: a loss that is not finite, or a model whose head is not known; names the condition.
@@ -109,23 +109,27 @@ def measure(
     tokens_U = np.zeros(n_units, np.int64)
     device = next(base.parameters()).device
     order = np.argsort(text.length, kind="stable")
+    low, shuffles = min(layers), any(condition.arm == "shuffled" for condition, _ in conditions)
     for start in range(0, len(order), batch):
         rows = order[start : start + batch]
         scene = _scene(text, rows, special_ids, device)
-        low = min(layers)
-        with torch.no_grad():
-            state = capture(base, scene.ids_BT, scene.attention_BT, [low])[low]
-            theirs = {} if donor is None else capture(donor, scene.ids_BT, scene.attention_BT, layers)
-        step = Step(scene.ids_BT, scene.counted_BT, theirs)
-        shuffled = Step(scene.ids_BT, scene.counted_BT, theirs, _sources(scene.counted_BT, rows, seed))
+        state = capture(base, scene.ids_BT, scene.attention_BT, [low])[low]
+        theirs = {} if donor is None else capture(donor, scene.ids_BT, scene.attention_BT, layers)
+        steps = {False: Step(scene.ids_BT, scene.counted_BT, theirs)}
+        if shuffles:
+            assert donor is not None
+            assert other_W is not None
+            other = _scene(text, other_W[rows], special_ids, device)
+            others = capture(donor, other.ids_BT, other.attention_BT, layers)
+            source_BT = _places(scene.counted_BT, other.counted_BT)
+            steps[True] = Step(scene.ids_BT, scene.counted_BT, others, source_BT)
         for s, (condition, edits) in enumerate(conditions):
             model, known, todo = base, (low, state), edits
             if condition.arm == "donor":
                 assert donor is not None
                 model, known, todo = donor, (max(theirs), theirs[max(theirs)]), {}
-            last_BTD = finish(
-                model, scene.ids_BT, scene.attention_BT, known, todo, shuffled if condition.arm == "shuffled" else step
-            )
+            step = steps[condition.arm == "shuffled"]
+            last_BTD = finish(model, scene.ids_BT, scene.attention_BT, known, todo, step)
             nll, n = loss_of_hidden(model, last_BTD, scene.ids_BT, scene.scored_BT, scene.unit_BT, len(scene.units))
             if not np.isfinite(nll).all():
                 raise InputError(f"condition {describe(condition)}: the loss is not finite; take a smaller alpha")
@@ -165,26 +169,23 @@ def _scene(text: Windows, rows: NDArray[np.int64], special_ids: Collection[int],
     return _Scene(ids, attention.long(), counted, scored, unit, units)
 
 
-def _sources(counted_BT: torch.Tensor, rows: NDArray[np.int64], seed: int) -> torch.Tensor:
-    """Position that each position's addition comes from: the counted ones of a sequence in random order.
-
-    Keys are hashed from (seed, window, position), so that a window's order does not depend on its batch.
-    """
-    counted = counted_BT.cpu().numpy()
-    position = rows[:, None].astype(np.uint64) * np.uint64(1 << 32) + np.arange(counted.shape[1], dtype=np.uint64)
-    keys = _mixed(_mixed(position) ^ np.uint64(seed % 2**64)) >> np.uint64(1)
-    ordered = np.argsort(~counted, axis=1, kind="stable")
-    drawn = np.argsort(np.where(counted, keys, np.uint64(2**64 - 1)), axis=1, kind="stable")
-    source = np.empty_like(ordered)
-    np.put_along_axis(source, ordered, drawn, axis=1)
-    return torch.from_numpy(source).to(counted_BT.device)
+def _places(counted_BT: torch.Tensor, other_BT: torch.Tensor) -> torch.Tensor:
+    """For the j-th counted position of a row, the place of the j-th of the other row, from the start again at its end."""
+    nth_BT = (counted_BT.long().cumsum(1) - 1).clamp_min(0)
+    n_B1 = other_BT.sum(1, keepdim=True).clamp_min(1)
+    place_BT = torch.argsort(~other_BT, dim=1, stable=True)
+    return place_BT.gather(1, nth_BT % n_B1)
 
 
-def _mixed(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The finaliser of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014): every bit depends on every bit."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+def other_windows(text: Windows, language_U: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
+    """For every window another one of its language [W]: each is taken once; a language's only window takes itself."""
+    rng = np.random.default_rng(seed)
+    result = np.arange(len(text.unit))
+    language_W = language_U[text.unit]
+    for language in np.unique(language_W):
+        mine = rng.permutation(np.flatnonzero(language_W == language))
+        result[mine] = np.roll(mine, 1)
+    return result
 
 
 def masses(

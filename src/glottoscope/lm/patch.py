@@ -32,7 +32,8 @@ class Step:
         ids_BT: token ids of the pass.
         counted_BT: positions that may change: neither padding nor special tokens.
         donor: layer -> the donor's state [B, T, D] at the same positions; empty without a donor.
-        source_BT: where each position's addition is taken from; None: from the position itself.
+        source_BT: place in the donor's states, then of another text, from which each position's addition is taken; None:
+            the position itself.
     """
 
     ids_BT: Tensor

@@ -423,7 +423,7 @@ class InterventionConfig(Part):
     )
     alphas: tuple[Finite, ...] = Field(
         default=(0.1, 0.2, 0.4, 0.8, 1.0),
-        description="Strengths, all reported on test; the best for `all` by the loss on dev is chosen, and has the controls.",
+        description="Strengths, all reported on test; the best for `all` on dev text of the same kind is chosen, and has controls.",
     )
     draws: NonNegativeInt = Field(default=32, description="Random draws of matched activation mass per part and pool; 19 or more.")
     texts: tuple[Literal["documents", "sentences"], ...] = Field(

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from glottoscope.errors import InputError
+from glottoscope.intervention import comet as comet_room
 from glottoscope.study.config import InterventionConfig
 from glottoscope.study.engine import Engine, Failure
 from glottoscope.study.load import parse_study
@@ -105,6 +106,11 @@ def intervene(
     return []
 
 
+def make_comet_environment(folder: Path | None, python: str, extra_index: str | None) -> Path:
+    """`glottoscope comet setup`: its interpreter."""
+    return comet_room.setup(folder or comet_room.default_environment(), python=python, extra_index=extra_index)
+
+
 def print_effects(root: Path, config: InterventionConfig, name: str, console: Console) -> None:
     """What was found, in the terminal: pooled perplexity and scores of translation, by part."""
     context = Context.open(root)
@@ -112,7 +118,7 @@ def print_effects(root: Path, config: InterventionConfig, name: str, console: Co
     for experiment in experiments(context, config, name):
         rows = _of(table, experiment)
         for text in dict.fromkeys(rows["text"].to_pylist()):
-            if text != "dev":
+            if not text.startswith("dev_"):
                 _print(rows.filter(pc.field("text") == text), experiment, text, console)
 
 
@@ -133,7 +139,7 @@ def _print(rows: pa.Table, experiment: Experiment, text: str, console: Console) 
     measures = [m for m in measures if (m[0] == "ppl" or text == "translation")]
     for metric, language in measures:
         shown.add_column(f"{metric} {language}")
-    shown.add_column("rank among draws")
+    shown.add_column("rank among it and its draws")
     found = rows.to_pylist()
     lines = dict.fromkeys(
         (r["arm"], r["part"], r["alpha"]) for r in found if r["arm"] not in ("random", "random_other") and r["chosen"]
@@ -142,7 +148,7 @@ def _print(rows: pa.Table, experiment: Experiment, text: str, console: Console) 
         mine = {(r["metric"], r["language"]): r for r in found if (r["arm"], r["part"], r["alpha"]) == (arm, part, alpha)}
         cells = [_cell(mine.get(m)) for m in measures]
         ranked = mine.get(("ppl", "all")) if text != "translation" else None
-        rank = f"{ranked['rank']} of {ranked['n_random']}" if ranked and ranked["rank"] is not None else ""
+        rank = f"{ranked['rank']} of {ranked['n_random'] + 1}" if ranked and ranked["rank"] is not None else ""
         note = next((r["note"] for r in mine.values() if r["note"]), None)
         words = part if arm == "part" else f"{arm} {part or ''}".strip()
         shown.add_row(words, "" if alpha is None else f"{alpha:g}", *cells, rank or note or "")

@@ -18,7 +18,7 @@ from glottoscope.intervention.scores import Bleu, ChrF, ConceptRecall, ExactMatc
 from glottoscope.study.config import PlantedCorpus
 from glottoscope.study.plan import seed_for
 from glottoscope.study.stages.context import Context
-from glottoscope.study.stages.intervene.experiments import Experiment, all_experiments, effects_key, read_plan
+from glottoscope.study.stages.intervene.experiments import Experiment, all_experiments, dev_of, effects_key, read_plan, texts
 from glottoscope.study.stages.intervene.measuring import load_losses
 from glottoscope.study.stages.intervene.preparing import load_conditions
 from glottoscope.study.stages.intervene.texts import text_of
@@ -86,30 +86,28 @@ def make_effects(root: str, raw: dict[str, Any], report: Callable[..., None]) ->
 
 
 def _measures(context: Context, experiment: Experiment) -> Iterator[Measure]:
-    conditions, _ = load_conditions(context, experiment)
     folder = experiment.folder(context)
-    with np.load(folder / "dev.npz") as dev:
-        yield from _losses(context, experiment, "dev", list(range(len(dev["nll"]))), dev["nll"], dev["tokens"])
-    for text in experiment.config.texts:
-        if text == "documents" or "test" in context.token_info.aligned:
-            found = load_losses(context, experiment, text)
-            yield from _losses(context, experiment, text, list(range(len(conditions))), found.nll, found.tokens)
+    for name in dict.fromkeys(dev_of(context, text) for text in read_plan(folder)["texts"]):
+        with np.load(folder / f"{name}.npz") as dev:
+            yield from _losses(context, experiment, name, dev["nll"], dev["tokens"])
+    for text in texts(context, experiment.config):
+        found = load_losses(context, experiment, text)
+        yield from _losses(context, experiment, text, found.nll, found.tokens)
     if experiment.config.translation is not None:
         for task in tasks_of(context, experiment):
             yield from _translations(context, experiment, task)
 
 
 def _losses(
-    context: Context, experiment: Experiment, name: str, conditions: list[int], nll_SU: NDArray[np.float64],
-    tokens_U: NDArray[np.int64],
-) -> Iterator[Measure]:  # fmt: skip
+    context: Context, experiment: Experiment, name: str, nll_SU: NDArray[np.float64], tokens_U: NDArray[np.int64]
+) -> Iterator[Measure]:
     text = text_of(context, experiment.config, name)
     totals = np.stack([nll_SU, np.broadcast_to(tokens_U, nll_SU.shape).astype(np.float64)], axis=-1)
     for g, language in [*enumerate(context.study.languages), (None, "all")]:
         mine = np.flatnonzero(tokens_U > 0) if g is None else np.flatnonzero((text.language == g) & (tokens_U > 0))
         if len(mine):
             for metric, score in (("nll", nll_score), ("ppl", ppl_score)):
-                yield Measure(name, metric, language, "lower", score, conditions, totals[:, mine], text.group[mine])
+                yield Measure(name, metric, language, "lower", score, list(range(len(nll_SU))), totals[:, mine], text.group[mine])
 
 
 def _translations(context: Context, experiment: Experiment, task: Task) -> Iterator[Measure]:
@@ -182,9 +180,11 @@ def _dev_conditions(experiment: Experiment, chosen: float) -> list[Condition]:
 def _rows(context: Context, experiment: Experiment, measure: Measure) -> list[dict[str, Any]]:
     folder = experiment.folder(context)
     plan = read_plan(folder)
-    every, sets = load_conditions(context, experiment)
-    if measure.text == "dev":
-        every = _dev_conditions(experiment, plan["alpha"])
+    dev = measure.text.startswith("dev_")
+    of_text = next(t for t in plan["texts"] if dev_of(context, t) == measure.text) if dev else measure.text
+    every, sets = load_conditions(context, experiment, of_text)
+    if dev:
+        every = _dev_conditions(experiment, plan["texts"][of_text]["alpha"])
     conditions = [every[i] for i in measure.conditions]
     found = paired_effects(
         measure.totals, measure.score, baseline=_place(conditions, "baseline"), donor=_place(conditions, "donor"),
@@ -219,9 +219,9 @@ def _place(conditions: Sequence[Condition], arm: str) -> int:
 
 
 def _norms(context: Context, experiment: Experiment, measure: Measure) -> NDArray[np.float64]:
-    """Added norm of every condition of the plan on this text; for translation, that on the documents."""
-    if measure.text == "dev":
-        with np.load(experiment.folder(context) / "dev.npz") as dev:
+    """Added norm of every condition of the plan on this text; not known while translating."""
+    if measure.text.startswith("dev_"):
+        with np.load(experiment.folder(context) / f"{measure.text}.npz") as dev:
             return dev["added_norm"]
     if measure.text == "translation":
         return np.array([])
@@ -237,20 +237,23 @@ def _n_features(sets: dict[int, dict[str, NDArray[np.bool_]]], condition: Condit
 def _ranks(
     conditions: Sequence[Condition], values: NDArray[np.float64], s: int, better: Any, notes: dict[str, str]
 ) -> dict[str, Any]:
+    """Ranks among both kinds of draws, and what there is to say about the draws."""
     result: dict[str, Any] = {}
+    part = conditions[s].part
+    said = [notes[part]] if part in notes else []
     for arm, ending in (("random", ""), ("random_other", "_other")):
-        draws = np.array([values[i] for i, c in enumerate(conditions) if c.arm == arm and c.part == conditions[s].part])
+        draws = np.array([values[i] for i, c in enumerate(conditions) if c.arm == arm and c.part == part])
         if len(draws):
             rank, n = ranks(float(values[s]), draws, better)
             result |= {f"rank{ending}": rank, f"n_random{ending}": n}
-        elif why := notes.get(f"{arm}:{conditions[s].part}"):
-            result["note"] = f"{result['note']}; {arm}: {why}" if result.get("note") else f"{arm}: {why}"
-    return result
+        if f"{arm}:{part}" in notes:
+            said.append(f"{arm}: {notes[f'{arm}:{part}']}")
+    return {**result, "note": "; ".join(said) or None}
 
 
 def _empty(context: Context, experiment: Experiment) -> list[dict[str, Any]]:
     """A row without a value for every part that has no features: said, not left out."""
-    notes, first = read_plan(experiment.folder(context))["notes"], experiment.config.texts[0]
+    notes, first = read_plan(experiment.folder(context))["notes"], texts(context, experiment.config)[0]
     return [
         {**_key(context, experiment), "text": first, "arm": "part", "part": part, "chosen": True, "metric": "nll",
          "language": "all", "n_features": 0, "note": note}

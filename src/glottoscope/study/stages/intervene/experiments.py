@@ -210,7 +210,7 @@ def translate_key(context: Context, experiment: Experiment) -> str:
 
 
 def effects_key(context: Context, experiment: Experiment) -> str:
-    parts = [measure_key(context, experiment, text) for text in experiment.config.texts]
+    parts = [measure_key(context, experiment, text) for text in texts(context, experiment.config)]
     if experiment.config.translation is not None:
         parts += [translate_key(context, experiment), experiment.config.translation.bleu_tokenize]
         parts += [comet_key(experiment.folder(context))]
@@ -227,14 +227,24 @@ def comet_key(folder: Path) -> str | None:
 
 
 def read_plan(folder: Path) -> dict[str, Any]:
-    """The plan of an experiment: chosen alpha, conditions, notes."""
+    """The plan of an experiment: text -> alpha and conditions; notes; mass."""
     return json.loads((folder / "plan.json").read_text(encoding="utf-8"))
 
 
-def chunks(folder: Path) -> list[range]:
+def chunks(folder: Path, text: str) -> list[range]:
     """Runs of conditions that are measured together."""
-    n = len(read_plan(folder)["conditions"])
+    n = len(read_plan(folder)["texts"][text]["conditions"])
     return [range(i, min(i + CHUNK, n)) for i in range(0, n, CHUNK)]
+
+
+def texts(context: Context, config: InterventionConfig) -> list[str]:
+    """Texts whose loss is measured: sentences only where there are aligned test sentences."""
+    return [text for text in config.texts if text == "documents" or "test" in context._aligned_sets()]
+
+
+def dev_of(context: Context, text: str) -> str:
+    """The dev text on which the strength for a text is chosen: of its own kind, where there is one."""
+    return "dev_documents" if text == "documents" or "dev" not in context._aligned_sets() else "dev_sentences"
 
 
 def all_experiments(context: Context) -> Iterator[Experiment]:

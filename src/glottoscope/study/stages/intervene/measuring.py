@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 
 from glottoscope.atomic import atomic_path
 from glottoscope.intervention.conditions import edits_of
-from glottoscope.intervention.perplexity import measure
+from glottoscope.intervention.perplexity import measure, other_windows
 from glottoscope.study.plan import seed_for
 from glottoscope.study.stages.context import Context
-from glottoscope.study.stages.intervene.experiments import Experiment, chunks, measure_key
+from glottoscope.study.stages.intervene.experiments import Experiment, chunks, measure_key, texts
 from glottoscope.study.stages.intervene.preparing import load_conditions, open_scene
 from glottoscope.study.stages.intervene.texts import text_of
 
@@ -35,9 +35,8 @@ def missing_chunks(context: Context, experiment: Experiment) -> list[tuple[str, 
     folder = experiment.folder(context)
     return [
         (text, i)
-        for text in experiment.config.texts
-        if text == "documents" or "test" in context.token_info.aligned
-        for i in range(len(chunks(folder)))
+        for text in texts(context, experiment.config)
+        for i in range(len(chunks(folder, text)))
         if not context.store.is_done(folder, measured_name(text, i), measure_key(context, experiment, text))
     ]
 
@@ -46,14 +45,15 @@ def measure_chunk(root: str, raw: dict[str, Any], text: str, chunk: int, report:
     """Losses of every unit of a text under one chunk of the conditions."""
     context, experiment = Context.open(root), Experiment.parse(raw)
     config, folder, name = experiment.config, experiment.folder(context), measured_name(text, chunk)
-    conditions, sets = load_conditions(context, experiment)
+    conditions, sets = load_conditions(context, experiment, text)
     scene = open_scene(context, experiment)
-    chosen = [conditions[i] for i in chunks(folder)[chunk]]
+    chosen = [conditions[i] for i in chunks(folder, text)[chunk]]
     pairs = [(c, edits_of(c, scene.readers, sets, config.mode, config.scale)) for c in chosen]
+    windows, language, _ = text_of(context, config, text)
     found = measure(
-        scene.base, scene.donor, text_of(context, config, text).windows, pairs, experiment.layers,
+        scene.base, scene.donor, windows, pairs, experiment.layers,
         special_ids=context.token_info.special_ids, batch=context.study.compute.lm_batch,
-        seed=seed_for(context.study, "shuffled-positions", text), report=report,
+        other_W=other_windows(windows, language, seed_for(context.study, "other-text", text)), report=report,
     )  # fmt: skip
     context.store.begin(folder, name)
     with atomic_path(folder / f"{name}.npz") as temporary, open(temporary, "wb") as handle:
@@ -65,5 +65,5 @@ def measure_chunk(root: str, raw: dict[str, Any], text: str, chunk: int, report:
 def load_losses(context: Context, experiment: Experiment, text: str) -> Losses:
     """All chunks of a text together."""
     folder = experiment.folder(context)
-    parts = [np.load(folder / f"{measured_name(text, i)}.npz") for i in range(len(chunks(folder)))]
+    parts = [np.load(folder / f"{measured_name(text, i)}.npz") for i in range(len(chunks(folder, text)))]
     return Losses(np.concatenate([p["nll"] for p in parts]), parts[0]["tokens"], np.concatenate([p["added_norm"] for p in parts]))

@@ -20,12 +20,12 @@ from glottoscope.lm.patch import check_pair
 from glottoscope.sae.model import TopKSAE
 from glottoscope.study.plan import Cell, seed_for
 from glottoscope.study.stages.context import Context
-from glottoscope.study.stages.intervene.experiments import Experiment, default_parts, prepare_key, read_plan
-from glottoscope.study.stages.intervene.texts import Text, text_of
+from glottoscope.study.stages.intervene.experiments import Experiment, default_parts, dev_of, prepare_key, read_plan, texts
+from glottoscope.study.stages.intervene.texts import text_of
 from glottoscope.study.store import read_parquet
 
 Sets = dict[int, dict[str, NDArray[np.bool_]]]  # layer -> name -> [N]
-FILES = ["plan.json", "sets.npz", "dev.npz", "experiment.json"]
+FILES = ["plan.json", "sets.npz", "experiment.json"]
 
 
 class Scene(NamedTuple):
@@ -72,23 +72,24 @@ def prepare(root: str, raw: dict[str, Any], report: Callable[..., None]) -> None
     config, folder = experiment.config, experiment.folder(context)
     context.store.begin(folder, "prepare", "effects")
     scene = open_scene(context, experiment)
-    dev = text_of(context, config, "dev")
     report(0, 3, "activation mass on dev text")
     special, batch = context.token_info.special_ids, context.study.compute.lm_batch
     readers = {layer: r.donor for layer, r in scene.readers.items()}
-    mass = masses(scene.donor, dev.windows, readers, special_ids=special, batch=batch)
+    dev = text_of(context, config, "dev_documents").windows
+    mass = masses(scene.donor, dev, readers, special_ids=special, batch=batch)
     sets, notes = _classes(context, experiment)
     report(1, 3, "alpha on dev text")
-    alpha = _choose_alpha(context, experiment, scene, dev, sets)
+    wanted = texts(context, config) + (["translation"] if config.translation is not None else [])
+    alphas = {name: _choose_alpha(context, experiment, scene, name, sets) for name in {dev_of(context, t): 0 for t in wanted}}
     report(2, 3, "random draws")
     _draw(context, experiment, mass, sets, notes)
-    conditions = _conditions(context, experiment, sets, alpha)
-    plan = {
-        "alpha": alpha,
-        "notes": notes,
-        "conditions": [asdict(c) for c in conditions],
-        "mass": {name: _mass_share(mass, sets, name) for name in sets[experiment.layers[0]] if not name.startswith("self:")},
-    }
+    plan = {"texts": {}, "notes": notes, "mass": {}}
+    for text in wanted:
+        alpha = alphas[dev_of(context, text)]
+        conditions = [asdict(c) for c in _conditions(context, experiment, sets, alpha)]
+        plan["texts"][text] = {"alpha": alpha, "conditions": conditions}
+    names = [name for name in sets[experiment.layers[0]] if not name.startswith("self:")]
+    plan["mass"] = {name: _mass_share(mass, sets, name) for name in names}
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_path(folder / "sets.npz") as temporary, open(temporary, "wb") as handle:
         arrays = {f"{layer}/{name}": np.packbits(chosen) for layer, found in sets.items() for name, chosen in found.items()}
@@ -96,7 +97,7 @@ def prepare(root: str, raw: dict[str, Any], report: Callable[..., None]) -> None
         np.savez(handle, **arrays, **sizes)  # pyright: ignore[reportArgumentType]
     write_json(folder / "plan.json", plan)
     write_json(folder / "experiment.json", experiment.dump())
-    context.store.mark_done(folder, "prepare", prepare_key(context, experiment), {}, FILES)
+    context.store.mark_done(folder, "prepare", prepare_key(context, experiment), {}, [*FILES, *(f"{name}.npz" for name in alphas)])
 
 
 def _classes(context: Context, experiment: Experiment) -> tuple[Sets, dict[str, str]]:
@@ -126,19 +127,19 @@ def _why_empty(context: Context, part: str) -> str:
     return "empty class: the donor's SAE has no such feature"
 
 
-def _choose_alpha(context: Context, experiment: Experiment, scene: Scene, dev: Text, sets: Sets) -> float:
+def _choose_alpha(context: Context, experiment: Experiment, scene: Scene, name: str, sets: Sets) -> float:
     """The strength with the lowest pooled loss of `all` on dev; the losses are kept for the table."""
-    config = experiment.config
+    config, dev = experiment.config, text_of(context, experiment.config, name)
     conditions = [Condition("baseline"), Condition("donor")]
     conditions += [Condition("part", "all", alpha=alpha, features="all") for alpha in config.alphas]
     pairs = [(c, edits_of(c, scene.readers, sets, config.mode, config.scale)) for c in conditions]
     found = measure(
         scene.base, scene.donor, dev.windows, pairs, experiment.layers,
-        special_ids=context.token_info.special_ids, batch=context.study.compute.lm_batch, seed=0,
+        special_ids=context.token_info.special_ids, batch=context.study.compute.lm_batch,
     )  # fmt: skip
     folder = experiment.folder(context)
     folder.mkdir(parents=True, exist_ok=True)
-    with atomic_path(folder / "dev.npz") as temporary, open(temporary, "wb") as handle:
+    with atomic_path(folder / f"{name}.npz") as temporary, open(temporary, "wb") as handle:
         norms = np.array([np.nan if x is None else x for x in found.added_norm])
         np.savez(handle, nll=found.nll, tokens=found.tokens, added_norm=norms)
     return config.alphas[int(np.argmin(found.nll[2:].sum(axis=1)))]
@@ -195,10 +196,10 @@ def _conditions(context: Context, experiment: Experiment, sets: Sets, alpha: flo
     return result
 
 
-def load_conditions(context: Context, experiment: Experiment) -> tuple[list[Condition], Sets]:
-    """The conditions and the sets of a plan that was written."""
+def load_conditions(context: Context, experiment: Experiment, text: str) -> tuple[list[Condition], Sets]:
+    """The conditions for a text and the sets of a plan that was written."""
     folder = experiment.folder(context)
-    conditions = [Condition(**c) for c in read_plan(folder)["conditions"]]
+    conditions = [Condition(**c) for c in read_plan(folder)["texts"][text]["conditions"]]
     sets: Sets = {layer: {} for layer in experiment.layers}
     with np.load(folder / "sets.npz") as arrays:
         for key in arrays.files:

@@ -1,4 +1,4 @@
-"""Text that interventions are measured on: held-out documents, aligned sentences alone, and the dev text for alpha.
+"""Text that interventions are measured on: held-out documents, aligned sentences alone, and dev text of both kinds.
 
 Shape legend: G languages, P aligned pairs, U units (a document, or a sentence of one language).
 """
@@ -28,14 +28,10 @@ class Text(NamedTuple):
 
 
 def text_of(context: Context, config: InterventionConfig, name: str) -> Text:
-    """The text "documents", "sentences" (test) or "dev" (dev sentences, else validation documents)."""
-    if name == "documents":
-        return _documents(context, config, "test")
-    if name == "sentences":
-        return _sentences(context, config, read_aligned_tokens(context.store.aligned_dir, "test"))
-    if "dev" in context.token_info.aligned:
-        return _sentences(context, config, read_aligned_tokens(context.store.aligned_dir, "dev"))
-    return _documents(context, config, "validation")
+    """The text "documents" (test split), "sentences" (aligned test), "dev_documents" (validation) or "dev_sentences"."""
+    if name.endswith("documents"):
+        return _documents(context, config, "validation" if name == "dev_documents" else "test")
+    return _sentences(context, config, read_aligned_tokens(context.store.aligned_dir, "dev" if name == "dev_sentences" else "test"))
 
 
 def _cut(context: Context, config: InterventionConfig, tokens: NDArray[np.integer], lengths: NDArray[np.int64]) -> Windows:

@@ -149,7 +149,7 @@ def translated_conditions(context: Context, experiment: Experiment) -> list[int]
     """
     translation = experiment.config.translation
     assert translation is not None
-    conditions, _ = load_conditions(context, experiment)
+    conditions, _ = load_conditions(context, experiment, "translation")
 
     def wanted(c: Condition) -> bool:
         if c.arm in ("baseline", "donor", "self", "reconstruction", "state", "state_replaced"):
@@ -195,7 +195,7 @@ def translate_chunk(root: str, raw: dict[str, Any], direction: str, chunk: int, 
     config, folder, name = experiment.config, experiment.folder(context), translated_name(direction, chunk)
     assert config.translation is not None
     task = next(t for t in tasks_of(context, experiment) if f"{t.source}-{t.target}" == direction)
-    conditions, sets = load_conditions(context, experiment)
+    conditions, sets = load_conditions(context, experiment, "translation")
     scene, tokenizer = open_scene(context, experiment), load_run_tokenizer(context)
     asked = ask(context, experiment, task, tokenizer, _positions(scene.base))
     rows: list[tuple[int, int, str]] = []

@@ -35,11 +35,10 @@ def measure_units(context: Context, wanted: Sequence[Experiment]) -> list[Unit]:
     """Losses and translations, the longest first: workers then end at about the same time."""
     root, units = str(context.store.root), []
     for e in wanted:
-        sizes = [len(c) for c in chunks(e.folder(context))]
         for text, i in measuring.missing_chunks(context, e):
-            units.append(
-                Unit(f"{e.title}: {text} {i + 1}/{len(sizes)}", measuring.measure_chunk, (root, e.dump(), text, i), sizes[i])
-            )
+            every = chunks(e.folder(context), text)
+            name = f"{e.title}: {text} {i + 1}/{len(every)}"
+            units.append(Unit(name, measuring.measure_chunk, (root, e.dump(), text, i), len(every[i])))
         for direction, i in translating.missing_translations(context, e):
             n = len(translating.translated_chunks(context, e))
             name = f"{e.title}: {direction} {i + 1}/{n}"
