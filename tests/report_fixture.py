@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -94,6 +97,184 @@ def evolution_rows(
                 row |= {name: value, f"{name}_low": max(value - half, 0.0), f"{name}_high": min(value + half, 1.0)}
             rows.append(row)
     return rows
+
+
+@dataclass(frozen=True)
+class PartEffect:
+    """A made-up effect of one part at the chosen alpha: change of pooled log perplexity, and its controls."""
+
+    change: float | None  # None: no value, with the note
+    half: float = 0.004  # half width of every interval
+    draws: tuple[float, float] | None = (0.0, 0.004)  # mean and spread of the random draws' changes; None: no draws
+    outside: tuple[float, float] | None = (0.0, 0.004)  # of the draws from outside the class
+    own: float | None = 0.0  # self-injection
+    shuffled: float | None = 0.03
+    translation: float = 0.0  # change of chrF
+    lean: float = 0.0  # > 0: more on the first language, less on the second
+    note: str | None = None  # why the value, or a pool of draws, is missing, in the stage's words
+
+
+PARTS = {
+    "en": PartEffect(-0.02, lean=0.8, draws=(-0.012, 0.006)),
+    "ja": PartEffect(-0.015, lean=-0.9, draws=(-0.011, 0.006), shuffled=0.01),
+    "mixed": PartEffect(-0.05, draws=(-0.015, 0.006), outside=(-0.01, 0.005), translation=1.9),
+    "bilingual": PartEffect(-0.03, own=None, outside=(-0.004, 0.004), translation=0.6),
+    "bilingual_paper": PartEffect(0.009, draws=(0.0, 0.003), translation=-1.6),
+    "all": PartEffect(-0.08, draws=None, outside=None),
+}
+EMPTY = PartEffect(None, draws=None, outside=None, own=None, shuffled=None, note="empty class")
+POOL_NOTE = "random_other: pool too small"
+CEILINGS = {"identity": 0.0, "reconstruction": -0.5, "state": -0.2, "state_replaced": -1.0}
+NLL = {"en": 3.4, "ja": 3.9, "all": 3.65}
+GAP = 1.3  # nats between base and donor
+ALPHAS = (0.1, 0.2, 0.4, 0.8, 1.0)
+
+
+def intervention_rows(
+    parts: dict[str, PartEffect],
+    *,
+    model: str = "toy-128",
+    control: str = "none",
+    base_step: int = 300,
+    donor_step: int = 1500,
+    layers: str = "2",
+    sae_seed: int = 0,
+    mode: str = "add",
+    scale: str = "matched",
+    alphas: tuple[float, ...] = ALPHAS,
+    chosen: float = 0.4,
+    dev: bool = True,
+    texts: tuple[str, ...] = ("documents", "sentences"),
+    translation: tuple[str, ...] = ("chrf", "bleu", "exact", "recall"),
+    n_random: int = 32,
+    strength: float = 1.0,
+) -> list[dict[str, Any]]:
+    """Rows of the intervention table for one setting, with every column of the contract."""
+    rng = np.random.default_rng([base_step, len(layers), n_random])
+    setting = {
+        **{"experiment": "study", "control": control, "family": "toy", "model": model, "d_model": 128, "n_params": 1_200_000},
+        **{"lm_seed": 0, "sae_seed": sae_seed, "layer": int(layers.split("+")[0]), "layers": layers},
+        **{
+            "base_step": base_step,
+            "donor_model": model,
+            "donor_step": donor_step,
+            "base_tokens": base_step * 1024,
+            "donor_tokens": donor_step * 1024,
+        },
+    }
+    undefined = "part draw mode scale alpha value change change_low change_high gap_closed gap_closed_low gap_closed_high "
+    undefined += "added_norm change_per_norm mass n_features rank n_random rank_other n_random_other note"
+    empty = dict.fromkeys(undefined.split())
+    way = {"mode": mode, "scale": scale}
+
+    def lean(effect: PartEffect, language: str) -> float:
+        return {"all": 1.0, "en": 1 + effect.lean, "ja": 1 - effect.lean}[language]
+
+    def measures(text: str, language: str, change: float, half: float, norm: float | None) -> Iterator[dict[str, Any]]:
+        """nll and ppl of one condition."""
+        start = NLL[language] + 0.3 * (text == "sentences")
+        for metric, f in (("nll", float), ("ppl", math.exp)):
+            values = [f(start + c) - f(start) for c in (change, change - half, change + half)]
+            span, n_units = f(start - GAP) - f(start), {"documents": 240, "sentences": 90, "dev_documents": 60}[text]
+            row = {**setting, **empty, **way, "text": text, "metric": metric, "language": language, "n_units": n_units}
+            row |= dict(zip(("change", "change_low", "change_high"), values, strict=True)) | {"value": f(start) + values[0]}
+            row |= {"gap_closed": values[0] / span, "gap_closed_low": values[2] / span, "gap_closed_high": values[1] / span}
+            if norm:
+                row |= {"added_norm": norm, "change_per_norm": values[0] / norm}
+            yield row
+
+    def curve(alpha: float) -> float:
+        r = alpha / chosen
+        return 2 * r - r * r
+
+    def translated(metric: str, direction: str, change: float, half: float) -> dict[str, Any]:
+        size = {"chrf": 1.0, "bleu": 0.5, "exact": 0.004, "recall": 0.01, "comet": 0.3}[metric]
+        start = {"chrf": 21.4, "bleu": 4.2, "exact": 0.03, "recall": 0.22, "comet": 56.4}[metric] + size * (direction == "en-ja")
+        row = {**setting, **empty, **way, "text": "translation", "metric": metric, "language": direction, "n_units": 80}
+        ends = {"change": change, "change_low": change - half, "change_high": change + half}
+        row |= {name: size * value for name, value in ends.items()} | {"value": start + size * change}
+        return row | {name.replace("change", "gap_closed"): value / 20 for name, value in ends.items()}
+
+    rows: list[dict[str, Any]] = []
+    for text in texts:
+        for language in NLL:
+            for arm, change in {"baseline": 0.0, "donor": -GAP, **CEILINGS}.items():
+                alpha = {"alpha": chosen if arm == "state" else None, "chosen": True}
+                for row in measures(text, language, change * strength if arm in CEILINGS else change, 0.02, None):
+                    if arm in ("baseline", "donor"):
+                        row |= {"change_low": row["change"], "change_high": row["change"]}
+                    rows.append(row | {"arm": arm} | alpha)
+    for index, (part, effect) in enumerate(parts.items()):
+        held = {"part": part, "mass": 0.1 + 0.05 * index, "n_features": 20 + 3 * index, "note": effect.note}
+        if effect.change is None:  # one row says so
+            row = {**setting, **empty, **way, "text": texts[0] if texts else "translation", "metric": "nll", "language": "all"}
+            rows.append(row | held | {"arm": "part", "chosen": True, "mass": None, "n_features": 0})
+            continue
+        for text in (*texts, *(("dev_documents",) if dev and part == "all" else ())):
+            for language in NLL:
+                for alpha in alphas:
+                    at = {**held, "alpha": alpha, "chosen": alpha == chosen}
+                    change = effect.change * strength * lean(effect, language) * curve(alpha)
+                    best = alpha == chosen and text != "dev_documents"
+                    ranks: dict[str, Any] = {}
+                    pools = (
+                        ("random", effect.draws, "rank", "n_random"),
+                        ("random_other", effect.outside, "rank_other", "n_random_other"),
+                    )
+                    for arm, spread, rank, n in pools:
+                        if not best or spread is None:
+                            continue
+                        draws = strength * lean(effect, language) * rng.normal(*spread, n_random)
+                        for draw, value in enumerate(draws):
+                            made = measures(text, language, float(value), effect.half, None)
+                            rows += [row | at | {"arm": arm, "draw": draw} for row in made]
+                        ranks |= {rank: 1 + int((draws < change).sum()), n: n_random}
+                    rows += [row | at | ranks | {"arm": "part"} for row in measures(text, language, change, effect.half, alpha / 8)]
+                    for arm, value in (("self", effect.own), ("shuffled", effect.shuffled)):
+                        if best and value is not None:
+                            made = measures(text, language, value * strength, effect.half, alpha / 9)
+                            rows += [row | at | {"arm": arm} for row in made]
+    for metric in translation:
+        for direction in ("en-ja", "ja-en"):
+            rows.append(translated(metric, direction, 0.0, 0.0) | {"arm": "baseline", "chosen": True})
+            rows.append(translated(metric, direction, 20.0, 2.0) | {"arm": "donor", "chosen": True})
+            for part, effect in parts.items():
+                if effect.change is None:
+                    continue
+                at = {"part": part, "alpha": chosen, "chosen": True, "n_features": 20, "note": effect.note}
+                change = effect.translation * (1.2 if direction == "en-ja" else 0.8)
+                row = translated(metric, direction, change, 1.1) | at | {"arm": "part"}
+                if effect.draws is not None:
+                    draws = rng.normal(0.2, 0.4, n_random)
+                    row |= {"rank": 1 + int((draws > change).sum()), "n_random": n_random}
+                    rows += [translated(metric, direction, d, 1.1) | at | {"arm": "random", "draw": i} for i, d in enumerate(draws)]
+                rows.append(row)
+    return rows
+
+
+def intervention_table(*parts: list[dict[str, Any]]) -> pa.Table:
+    """The rows as a table whose all-null columns keep a type, as the stage writes it."""
+    rows = [row for part in parts for row in part]
+    texts = (
+        "experiment",
+        "donor_model",
+        "control",
+        "family",
+        "model",
+        "layers",
+        "text",
+        "arm",
+        "part",
+        "mode",
+        "scale",
+        "metric",
+        "language",
+        "note",
+    )
+    whole = ("d_model", "n_params", "lm_seed", "sae_seed", "layer", "base_step", "donor_step", "base_tokens", "donor_tokens")
+    whole += ("draw", "n_features", "n_units", "rank", "n_random", "rank_other", "n_random_other")
+    types = dict.fromkeys(texts, pa.string()) | dict.fromkeys(whole, pa.int64()) | {"chosen": pa.bool_()}
+    return pa.Table.from_pylist(rows, schema=pa.schema([(name, types.get(name, pa.float64())) for name in rows[0]]))
 
 
 def patterns() -> list[PatternExample]:
@@ -206,5 +387,8 @@ def report_data(**changes: Any) -> ReportData:
             }
         ],
         "licences": [("planted world", "made by glottoscope", "none")],
+        "intervention": intervention_table(
+            intervention_rows(PARTS | {"bilingual": EMPTY}), intervention_rows(PARTS, base_step=600, strength=0.6)
+        ),
     }
     return ReportData(**(fields | changes))

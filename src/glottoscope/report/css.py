@@ -23,7 +23,7 @@ h3 { font-size: 1.02rem; margin: 1.4rem 0 .4rem; }
 h4 { font-size: .9rem; margin: 0 0 .3rem; font-weight: 600; color: var(--soft); }
 p, dl.words, header ul { max-width: 75ch; }
 .eyebrow { color: var(--soft); font-size: .87rem; margin: 0; }
-.answer { font-size: 1.06rem; margin: .5rem 0; overflow-wrap: anywhere; }
+.answer, .told { font-size: 1.06rem; margin: .5rem 0; overflow-wrap: anywhere; }
 .stats { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(9.2rem, 46%), 1fr)); gap: .6rem; margin: 1.1rem 0; }
 .stats div { display: flex; flex-direction: column-reverse; justify-content: flex-end; background: var(--tint); border: 1px solid var(--line); border-radius: .5rem; padding: .55rem .8rem; }
 .stats dt { font-size: .82rem; color: var(--soft); line-height: 1.35; }
@@ -33,10 +33,10 @@ p, dl.words, header ul { max-width: 75ch; }
 .caveats li { margin: 0 0 .4rem; overflow-wrap: anywhere; break-inside: avoid; }
 @media (min-width: 70rem) { header .caveats ul { max-width: none; columns: 2; column-gap: 2.2rem; } }
 nav ol { list-style: none; display: flex; flex-wrap: wrap; gap: .2rem 1.1rem; padding: .7rem 0 0; margin: 1rem 0 0; border-top: 1px solid var(--line); font-size: .9rem; }
-#curves { display: grid; grid-template-columns: minmax(0, 1fr); gap: 1.2rem 2.2rem; align-items: start; }
+#curves, .figures { display: grid; grid-template-columns: minmax(0, 1fr); gap: 1.2rem 2.2rem; align-items: start; }
 #curves > h2 { grid-column: 1 / -1; margin-bottom: 0; }
-@media (min-width: 70rem) { #curves { grid-template-columns: repeat(2, minmax(0, 1fr)); } }
-@media (min-width: 130rem) { main { max-width: 124rem; } #curves { grid-template-columns: repeat(3, minmax(0, 1fr)); } }
+@media (min-width: 70rem) { #curves, .figures { grid-template-columns: repeat(2, minmax(0, 1fr)); } }
+@media (min-width: 130rem) { main { max-width: 124rem; } #curves, .figures { grid-template-columns: repeat(3, minmax(0, 1fr)); } }
 figure { margin: 0; background: var(--card); min-width: 0; padding: .5rem .9rem .8rem; border: 1px solid var(--line); border-radius: .5rem; }
 figure h3 { margin: .4rem 0; }
 figcaption, .caption { font-size: .85rem; color: var(--soft); margin-top: .4rem; max-width: 75ch; overflow-wrap: anywhere; }
@@ -54,6 +54,11 @@ thead th { border-bottom: 2px solid var(--line); font-weight: 600; white-space: 
 .words tbody th { font-weight: 500; } .words td, .words th { overflow-wrap: anywhere; min-width: 9rem; max-width: 60ch; }
 td small { color: var(--soft); }
 dl.words dt { font-weight: 600; margin-top: .55rem; } dl.words dd { margin: 0 0 0 1rem; }
+.under td small { display: block; }
+.pair { display: flex; flex-wrap: wrap; gap: 0 2.2rem; align-items: flex-start; } .pair > * { min-width: 0; }
+.findings, .limits { max-width: 82ch; padding-left: 1.15rem; font-size: .93rem; } .findings li, .limits li { margin: 0 0 .45rem; overflow-wrap: anywhere; break-inside: avoid; }
+@media (min-width: 70rem) { .findings, .limits { max-width: none; columns: 2; column-gap: 2.6rem; } }
+.tag { color: var(--soft); border: 1px solid var(--line); background: var(--tint); border-radius: .8rem; padding: .04rem .55rem; font-size: .84rem; }
 details > summary { cursor: pointer; margin: .5rem 0; }
 .pattern { margin: .55rem 0 1rem; }
 .pattern ul { list-style: none; margin: 0; padding: 0; }
@@ -69,7 +74,7 @@ code { font-family: ui-monospace, SFMono-Regular, Consolas, monospace; font-size
   caption { white-space: normal; max-width: calc(100vw - 1.8rem); }
   .num tbody th span { display: block; width: max-content; max-width: 8rem; white-space: normal; overflow-wrap: anywhere; }
   .words td, .words th { min-width: 6rem; padding-inline: .35rem; } }
-@media print { nav { display: none; } #curves { display: block; } figure { break-inside: avoid; } }
+@media print { nav { display: none; } #curves, .figures { display: block; } figure { break-inside: avoid; } }
 """
 
 

@@ -15,6 +15,14 @@ import pyarrow.compute as pc
 from glottoscope.errors import InputError
 
 KEY = ("control", "family", "model", "d_model", "n_params", "step", "tokens_seen", "layer", "lm_seed", "sae_seed")
+INTERVENTION = (
+    *("experiment", "control", "model", "lm_seed", "sae_seed", "layer", "layers"),
+    *("base_step", "donor_model", "donor_step", "base_tokens", "donor_tokens"),
+    *("text", "arm", "part", "draw", "mode", "scale", "alpha", "chosen", "metric", "language"),
+    *("value", "change", "change_low", "change_high", "gap_closed", "gap_closed_low", "gap_closed_high"),
+    *("added_norm", "change_per_norm", "mass", "n_features", "n_units"),
+    *("rank", "n_random", "rank_other", "n_random_other", "note"),
+)
 NO_SIGNAL_CONTROLS = ("negative", "no_switching")  # controls that are whole language models followed over steps
 CONTROL_NAMES = {
     "negative": "negative control (no cross-lingual signal)",
@@ -63,6 +71,7 @@ class ReportData:
     evolution_seeds: pa.Table | None = None
     sweeps: pa.Table | None = None  # key, sweep, value, measure, result
     truth: pa.Table | None = None  # key, auc_phi, auc_flag, n_truth_bilingual, n_alive
+    intervention: pa.Table | None = None  # one row per condition, text, language and metric: INTERVENTION
     patterns: list[PatternExample] = field(default_factory=list)
     pretrain_log: pa.Table | None = None  # model, step, tokens_seen, loss, lr, loss_<lang>
     settings: dict[str, Any] = field(default_factory=dict)
@@ -81,6 +90,10 @@ class ReportData:
             raise InputError(f"evolution table: column(s) {', '.join(missing)} missing: run the score stage again")
         if self.evolution.num_rows == 0:
             raise InputError("evolution table has no rows: nothing was measured, so there is no report to write")
+        if self.intervention is not None:
+            missing = [name for name in INTERVENTION if name not in self.intervention.column_names]
+            if missing:
+                raise InputError(f"intervention table: column(s) {', '.join(missing)} missing: run the intervene stage again")
 
     def language_name(self, code: str) -> str:
         """The language's English name, or its code."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import matplotlib
 
 from glottoscope.report.data import ReportData
+from glottoscope.report.figures_intervention import intervention_figures
 from glottoscope.report.figures_layers import figure_5, figure_heat
 from glottoscope.report.figures_patterns import figure_4
 from glottoscope.report.figures_sizes import figure_sizes, figure_sweeps
@@ -53,3 +54,4 @@ def _figures(data: ReportData) -> Iterator[ReportFigure]:
         if figure is not None:
             yield figure
     yield figure_quality(data)
+    yield from intervention_figures(data)

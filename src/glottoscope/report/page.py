@@ -9,8 +9,10 @@ from glottoscope.report import tables
 from glottoscope.report.css import stylesheet
 from glottoscope.report.data import ReportData
 from glottoscope.report.figures import DrawnFigure, all_figures
+from glottoscope.report.figures_intervention import PREFIX as INTERVENTION
 from glottoscope.report.figures_patterns import describe, ordered_patterns
 from glottoscope.report.html import esc, flat, inline_svg, table
+from glottoscope.report.intervention_section import section as intervention_section
 from glottoscope.report.summary import Answer, answer
 
 CITATION = (
@@ -45,9 +47,18 @@ def page(data: ReportData, figures: list[DrawnFigure]) -> str:
         (
             "curves",
             "The curves",
-            "".join(_figure(f, first=i == 0) for i, f in enumerate(figures) if f.name != "fig4_patterns"),
+            "".join(
+                _figure(f, first=i == 0)
+                for i, f in enumerate(figures)
+                if f.name != "fig4_patterns" and not f.name.startswith(INTERVENTION)
+            ),
         ),
         ("patterns", "What activates the features", _patterns(data, figures)),
+        (
+            "intervention",
+            "Does it cause anything?",
+            intervention_section(data, "".join(_figure(f) for f in figures if f.name.startswith(INTERVENTION))),
+        ),
         ("tables", "The numbers", _numbers(data, main, layer, last)),
         ("classes", "What the words mean", _words(data)),
         ("detectable", "The smallest difference this study could have seen", _detectable(data)),

@@ -175,6 +175,63 @@ SWEEPS: dict[str, Column] = {
     "result": _real(_SHARE, "The measure at that value."),
 }
 
+_SCORE = "of the metric"
+INTERVENTION: dict[str, Column] = {
+    "experiment": _text("study for what the study file asks for, else the --name of `glottoscope intervene`."),
+    **{name: KEY[name] for name in ("control", "family", "model", "d_model", "n_params", "lm_seed", "sae_seed")},
+    "layer": _int("", "Patched layer, the lowest where several are patched together."),
+    "layers": _text("All layers patched together: 2, or 1+2+3."),
+    "base_step": _int("steps", "Checkpoint that is patched."),
+    "donor_model": _text("Model of the donor."),
+    "donor_step": _int("steps", "Checkpoint whose part is added."),
+    "base_tokens": _int(_TOKENS, "Tokens that the base had read."),
+    "donor_tokens": _int(_TOKENS, "Tokens that the donor had read."),
+    "text": _text("documents, sentences, translation, dev_documents or dev_sentences (what alpha was chosen on)."),
+    "arm": _text(
+        "baseline, donor, part, random and random_other (draws from all alive features and from those outside the part), self "
+        "(the base's own SAE and features), shuffled (the donor's part of another text), identity, and the ceilings "
+        "reconstruction, state, state_replaced."
+    ),
+    "part": _text("Class or name of the features; of a draw: what it is matched to; null where the arm takes none."),
+    "draw": _int("", "Number of the random draw; null for other arms."),
+    "mode": _text("add or replace."),
+    "scale": _text("matched (to the base's norm) or raw."),
+    "alpha": _real("", "Strength; null where there is none."),
+    "chosen": _flag("The strength chosen on dev text of the same kind, or an arm without a strength."),
+    "metric": _text("nll (nats per token) and ppl: lower is better; chrf, bleu, exact, recall, comet: higher is better."),
+    "language": _text("Language of the text, all (pooled over tokens), or SOURCE-TARGET for translation."),
+    "value": _real(_SCORE, "The metric; null with a note where the part has no features."),
+    "change" + INTERVAL: _real(_SCORE, "value - baseline; paired bootstrap over documents or articles."),
+    "gap_closed" + INTERVAL: _real(
+        "share", "change / (donor - baseline); the interval is null where the gap's sign is not certain."
+    ),
+    "added_norm": _real(
+        "share", "Mean ||h' - h|| / ||h|| over patched positions; null for translation and where nothing is added."
+    ),
+    "change_per_norm": _real(_SCORE, "change / added_norm."),
+    "mass": _real(_SHARE, "Share of the donor SAE's activation mass on dev documents that the features hold."),
+    "n_features": _int(_FEATURES, "Features added; null where the arm takes none."),
+    "n_tokens": _int(_TOKENS, "Tokens scored; null for translation."),
+    "n_units": _int("", "Documents or articles that the bootstrap resamples."),
+    "rank": _int("", "1 + random draws that do at least as well; of the part at the chosen strength only."),
+    "n_random": _int("", "Random draws from all alive features."),
+    "rank_other": _int("", "rank among the draws from outside the part."),
+    "n_random_other": _int("", "How many of these."),
+    "note": _text("Why a value is null, or what is not as it should be with the draws."),
+}
+
+TRANSLATIONS: dict[str, Column] = {
+    "condition": _int("", "Number of the condition in plan.json, texts.translation.conditions, from 0."),
+    "pair": _int("", "Number of the sentence pair, from 0."),
+    "text": _text("What the model wrote, cut at the stop."),
+}
+
+COMET: dict[str, Column] = {
+    "direction": _text("SOURCE-TARGET."),
+    **{name: TRANSLATIONS[name] for name in ("condition", "pair")},
+    "score": _real("", "COMET of the sentence."),
+}
+
 EXAMPLES: dict[str, Column] = {
     "feature": _POSITIONS["feature"],
     "rank": Column("int32", "", "0 is the strongest example (rule v1: the first in order)."),
@@ -243,6 +300,7 @@ LOG: dict[str, Column] = {
     "loss_{lang}": _real("nats per token", "Loss on validation text of the language; null between checkpoints."),
 }
 
+_EXPERIMENT = "interventions/NAME/MODEL@BASE+MODEL@DONOR/layers_LL-MODE-SCALE/seed_S"
 _SETUP = "cells/MODEL@STEP/layer_LL/seed_S"
 TABLES: dict[str, Table] = {
     "features": Table("tables/features.parquet", "One feature of one setup.", FEATURES),
@@ -253,6 +311,11 @@ TABLES: dict[str, Table] = {
         EVOLUTION_SEEDS,
     ),
     "sweeps": Table("tables/sweeps.parquet", "One other threshold for one setup.", SWEEPS),
+    "intervention": Table(
+        "tables/intervention.parquet", "One condition x text x language x metric (.csv: the same as text).", INTERVENTION
+    ),
+    "translations": Table(f"{_EXPERIMENT}/translation-A-B-NNN.parquet", "One sentence under one condition.", TRANSLATIONS),
+    "comet": Table(f"{_EXPERIMENT}/comet.parquet", "One COMET score.", COMET),
     "examples": Table(f"{_SETUP}/examples.parquet", "One example of a feature, at most one per block.", EXAMPLES),
     "training": Table(f"{_SETUP}/training.parquet", "One point of a loss curve of the SAE's training.", TRAINING),
     "collected": Table(f"{_SETUP}/collected.parquet", "One feature, before it is judged: what `score` starts from.", COLLECTED),

@@ -385,8 +385,10 @@ class Translation(Part):
         default=None, description="What the model goes on from, with {source}. Default: shot, cut at the target."
     )
     stop: str | None = Field(default=None, description="Text that ends a translation. Default: line break; planted: separator.")
-    max_new_tokens: PositiveInt = Field(default=128, description="Longest translation.")
-    batch: PositiveInt = Field(default=64, description="Sentences translated together; it changes no more than rounding does.")
+    max_new_tokens: PositiveInt | None = Field(default=None, description="Longest translation. Default: 128; planted world: 16.")
+    batch: PositiveInt | None = Field(
+        default=None, description="Sentences translated together; it changes rounding only. Default: 64; planted world: 250."
+    )
     draws: NonNegativeInt = Field(default=32, description="Random draws translated for each part; fewer than 19 decide nothing.")
     drawn: tuple[str, ...] | None = Field(default=None, description="Parts whose draws are translated. Default: all.")
     bleu_tokenize: str = Field(

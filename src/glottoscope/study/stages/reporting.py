@@ -89,11 +89,11 @@ def _report_names(context: Context) -> dict[str, str]:
     return {r.name: r.spec.name if r.lm == r.name else f"{r.spec.name}-{r.control}" for r in context.runs}
 
 
-def _renamed(table: pa.Table, names: dict[str, str]) -> pa.Table:
+def _renamed(table: pa.Table, names: dict[str, str], column: str = "model") -> pa.Table:
     if all(name == shown for name, shown in names.items()):
         return table
-    index = table.schema.get_field_index("model")
-    return table.set_column(index, "model", pa.array([names[x] for x in table["model"].to_pylist()], pa.string()))
+    index = table.schema.get_field_index(column)
+    return table.set_column(index, column, pa.array([names[x] for x in table[column].to_pylist()], pa.string()))
 
 
 def _interventions(store: RunStore, names: dict[str, str]) -> pa.Table | None:
@@ -102,7 +102,8 @@ def _interventions(store: RunStore, names: dict[str, str]) -> pa.Table | None:
     if table is None or table.num_rows == 0:
         return None
     have = sorted(set(table["experiment"].to_pylist()), key=lambda name: (name != STUDY_NAME, name))
-    return _renamed(table.filter(pc.field("experiment") == have[0]), names)
+    chosen = table.filter(pc.field("experiment") == have[0])
+    return _renamed(_renamed(chosen, names), names, "donor_model")
 
 
 def _first_seeds(context: Context) -> list[ModelRun]:

@@ -14,15 +14,14 @@ from numpy.typing import NDArray
 from glottoscope.atomic import atomic_path, write_table
 from glottoscope.intervention.conditions import Condition
 from glottoscope.intervention.effects import nll_score, paired_effects, ppl_score, ranks
-from glottoscope.intervention.scores import Bleu, ChrF, ConceptRecall, ExactMatch, ratio
-from glottoscope.study.config import PlantedCorpus
+from glottoscope.intervention.scores import ratio
 from glottoscope.study.plan import seed_for
 from glottoscope.study.stages.context import Context
 from glottoscope.study.stages.intervene.experiments import Experiment, all_experiments, dev_of, effects_key, read_plan, texts
 from glottoscope.study.stages.intervene.measuring import load_losses
 from glottoscope.study.stages.intervene.preparing import load_conditions
 from glottoscope.study.stages.intervene.texts import text_of
-from glottoscope.study.stages.intervene.translating import Task, load_translations, tasks_of
+from glottoscope.study.stages.intervene.translating import Task, load_statistics, metrics_of, tasks_of, translated_conditions
 from glottoscope.study.store import digest, read_parquet
 
 Score = Callable[[NDArray[np.float64]], NDArray[np.float64]]
@@ -32,8 +31,8 @@ COLUMNS = (
     "experiment", "control", "family", "model", "d_model", "n_params", "lm_seed", "sae_seed", "layer", "layers", "base_step",
     "donor_model", "donor_step", "base_tokens", "donor_tokens", "text", "arm", "part", "draw", "mode", "scale", "alpha",
     "chosen", "metric", "language", "value", "change", "change_low", "change_high", "gap_closed", "gap_closed_low",
-    "gap_closed_high", "added_norm", "change_per_norm", "mass", "n_features", "n_units", "rank", "n_random", "rank_other",
-    "n_random_other", "note",
+    "gap_closed_high", "added_norm", "change_per_norm", "mass", "n_features", "n_tokens", "n_units", "rank", "n_random",
+    "rank_other", "n_random_other", "note",
 )  # fmt: skip
 FLOATS = {
     "alpha", "value", "change", "change_low", "change_high", "gap_closed", "gap_closed_low", "gap_closed_high", "added_norm",
@@ -112,34 +111,15 @@ def _losses(
 
 def _translations(context: Context, experiment: Experiment, task: Task) -> Iterator[Measure]:
     direction = f"{task.source}-{task.target}"
-    outputs = load_translations(context, experiment, direction)
-    conditions, references = sorted(outputs), [t for _, t in task.pairs]
-    translation = experiment.config.translation
-    assert translation is not None
-    planted = isinstance(context.study.corpus, PlantedCorpus)
-    tokenize = "none" if planted and translation.bleu_tokenize == "auto" else translation.bleu_tokenize
-    for metric in (ChrF(), Bleu(task.target, tokenize), ExactMatch()):
-        totals = np.stack([metric.statistics(outputs[c], references) for c in conditions]).astype(np.float64)
+    conditions, found = translated_conditions(context, experiment), load_statistics(context, experiment, direction)
+    for metric in metrics_of(context, experiment, task):
+        totals = found[metric.name].astype(np.float64)
         yield Measure("translation", metric.name, direction, metric.better, metric.score, conditions, totals, task.article)
-    if planted:
-        recall = ConceptRecall()
-        concepts = [_concepts(context, text) for text in references]
-        totals = np.stack([recall.statistics([_concepts(context, t) for t in outputs[c]], concepts) for c in conditions])
-        yield Measure("translation", recall.name, direction, recall.better, recall.score, conditions, totals.astype(np.float64),
-                      task.article)  # fmt: skip
-    scores = comet_scores(experiment.folder(context) / "comet.parquet", direction, len(references))
+    scores = comet_scores(experiment.folder(context) / "comet.parquet", direction, len(task.pairs))
     if scores:
         chosen = sorted(scores)
-        totals = np.stack([np.stack([scores[c], np.ones(len(references))], axis=-1) for c in chosen])
+        totals = np.stack([np.stack([scores[c], np.ones(len(task.pairs))], axis=-1) for c in chosen])
         yield Measure("translation", "comet", direction, "higher", ratio, chosen, totals, task.article)
-
-
-def _concepts(context: Context, text: str) -> list[int]:
-    concept = context.vocabulary.concept
-    assert concept is not None
-    ids = context.__dict__.setdefault("_word_ids", {w.strip(): i for i, w in enumerate(context.vocabulary.text)})
-    found = [int(concept[ids[w]]) for w in text.split() if w in ids]
-    return [c for c in found if c >= 0]
 
 
 def comet_scores(path: Any, direction: str, n_pairs: int) -> dict[int, NDArray[np.float64]]:
@@ -206,7 +186,8 @@ def _rows(context: Context, experiment: Experiment, measure: Measure) -> list[di
             "gap_closed_high": float(found.gap_closed_high[s]), "added_norm": float(norm),
             "change_per_norm": change / norm if norm > 0 else math.nan,
             "mass": plan["mass"].get(condition.features), "n_features": _n_features(sets, condition),
-            "n_units": measure.totals.shape[1], "note": plan["notes"].get(condition.part) if condition.part else None,
+            "n_tokens": None if measure.text == "translation" else int(measure.totals[s, :, 1].sum()),
+            "n_units": len(np.unique(measure.group)), "note": plan["notes"].get(condition.part) if condition.part else None,
         }  # fmt: skip
         if condition.arm == "part" and condition.chosen:
             row |= _ranks(conditions, found.value, s, measure.better, plan["notes"])

@@ -84,6 +84,8 @@ def experiments(context: Context, config: InterventionConfig, name: str = STUDY_
             _step(run, base, "base")
             result += [Experiment(name, run.name, donor_run.name, base, donor, group, seed, config) for group in groups]
     _check_parts(context, config)
+    if not texts(context, config):
+        raise InputError("intervention.texts: sentences need corpus.aligned.test: give it, or take documents")
     if config.translation is not None:
         _check_translation(context, config.translation)
     return result
@@ -204,7 +206,7 @@ def measure_key(context: Context, experiment: Experiment, text: str) -> str:
 def translate_key(context: Context, experiment: Experiment) -> str:
     translation = experiment.config.translation
     assert translation is not None
-    settings = translation.model_dump(mode="json", exclude={"files", "bleu_tokenize"})
+    settings = translation.model_dump(mode="json", exclude={"files"})
     hashes = [_hash_tree(Path(path)) for path in translation.files]
     return digest("translate", VERSIONS["translate"], prepare_key(context, experiment), settings, hashes)
 
@@ -212,8 +214,7 @@ def translate_key(context: Context, experiment: Experiment) -> str:
 def effects_key(context: Context, experiment: Experiment) -> str:
     parts = [measure_key(context, experiment, text) for text in texts(context, experiment.config)]
     if experiment.config.translation is not None:
-        parts += [translate_key(context, experiment), experiment.config.translation.bleu_tokenize]
-        parts += [comet_key(experiment.folder(context))]
+        parts += [translate_key(context, experiment), comet_key(experiment.folder(context))]
     return digest("effects", VERSIONS["effects"], parts, experiment.config.bootstrap, context.study.study.seed)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from glottoscope.atomic import write_table
+from glottoscope.atomic import atomic_path, write_table
 from glottoscope.corpus.llm_jp_eval import read_translation
 from glottoscope.corpus.readers import AlignedPair, read_aligned
 from glottoscope.corpus.tokens import encoder, read_aligned_tokens
@@ -17,7 +17,8 @@ from glottoscope.errors import InputError
 from glottoscope.intervention.conditions import Condition, edits_of
 from glottoscope.intervention.generation import greedy
 from glottoscope.intervention.prompts import Prompts, Template, cut_output, fit_prompts, stop_token_ids
-from glottoscope.study.config import LANGUAGE_NAMES, PlantedCorpus, TextCorpus
+from glottoscope.intervention.scores import Bleu, ChrF, ConceptRecall, ExactMatch, SentenceMetric
+from glottoscope.study.config import LANGUAGE_NAMES, PlantedCorpus, TextCorpus, Translation
 from glottoscope.study.stages.context import Context
 from glottoscope.study.stages.intervene.experiments import TRANSLATED_CHUNK, Experiment, translate_key
 from glottoscope.study.stages.intervene.preparing import load_conditions, open_scene
@@ -134,7 +135,7 @@ def ask(context: Context, experiment: Experiment, task: Task, tokenizer: Any, ma
     prompts = fit_prompts(
         encoder(tokenizer), template, task.shots, [s for s, _ in task.pairs],
         source_name=LANGUAGE_NAMES.get(task.source, task.source), target_name=LANGUAGE_NAMES.get(task.target, task.target),
-        bos_id=bos, max_length=max_length, new_tokens=translation.max_new_tokens,
+        bos_id=bos, max_length=max_length, new_tokens=longest(context, translation),
     )  # fmt: skip
     pieces = context.vocabulary.piece
     ends = stop_token_ids(pieces, template.stop) | stop_token_ids(pieces, template.stop.strip() or template.stop)
@@ -198,25 +199,76 @@ def translate_chunk(root: str, raw: dict[str, Any], direction: str, chunk: int, 
     conditions, sets = load_conditions(context, experiment, "translation")
     scene, tokenizer = open_scene(context, experiment), load_run_tokenizer(context)
     asked = ask(context, experiment, task, tokenizer, _positions(scene.base))
+    decode, planted = _decoder(context, tokenizer, asked.stop), isinstance(context.study.corpus, PlantedCorpus)
     rows: list[tuple[int, int, str]] = []
     chosen = translated_chunks(context, experiment)[chunk]
     for n, i in enumerate(chosen):
         condition = conditions[i]
         found = greedy(
             scene.donor if condition.arm == "donor" else scene.base, asked.prompts.prefix, asked.prompts.rows,
-            asked.prompts.length, max_new_tokens=config.translation.max_new_tokens, stop_ids=asked.stop_ids,
-            batch=config.translation.batch, edits=edits_of(condition, scene.readers, sets, config.mode, config.scale),
+            asked.prompts.length, max_new_tokens=longest(context, config.translation), stop_ids=asked.stop_ids,
+            batch=config.translation.batch or (250 if planted else 64),
+            edits=edits_of(condition, scene.readers, sets, config.mode, config.scale),
             donor=scene.donor, special_ids=context.token_info.special_ids,
             report=lambda done, total, _words, n=n: report(n + done / total, len(chosen), "conditions"),
         )  # fmt: skip
-        rows += [(i, p, _text(context, tokenizer, ids, asked.stop)) for p, ids in enumerate(found)]
+        rows += [(i, p, decode(ids)) for p, ids in enumerate(found)]
     context.store.begin(folder, name)
+    # Counting n-grams takes a while: done here, where the conditions are spread over the workers.
+    statistics = scored(context, experiment, task, [[t for c, _, t in rows if c == i] for i in chosen])
+    with atomic_path(folder / f"{name}.npz") as temporary, open(temporary, "wb") as handle:
+        np.savez(handle, **statistics)  # pyright: ignore[reportArgumentType]
     columns = list(zip(*rows, strict=True))
     table = pa.table({"condition": pa.array(columns[0], pa.int64()), "pair": pa.array(columns[1], pa.int64()), "text": columns[2]})
     write_table(folder / f"{name}.parquet", table)
     context.store.mark_done(
-        folder, name, translate_key(context, experiment), {"dropped_shots": asked.prompts.dropped}, [f"{name}.parquet"]
+        folder,
+        name,
+        translate_key(context, experiment),
+        {"dropped_shots": asked.prompts.dropped},
+        [f"{name}.parquet", f"{name}.npz"],
     )
+
+
+def metrics_of(context: Context, experiment: Experiment, task: Task) -> list[SentenceMetric[Any]]:
+    """The scores of a direction; on the planted world words are what its tokens are, and concepts are known."""
+    translation = experiment.config.translation
+    assert translation is not None
+    planted = isinstance(context.study.corpus, PlantedCorpus)
+    tokenize = "none" if planted and translation.bleu_tokenize == "auto" else translation.bleu_tokenize
+    found: list[SentenceMetric[Any]] = [ChrF(), Bleu(task.target, tokenize), ExactMatch()]
+    return [*found, ConceptRecall()] if planted else found
+
+
+def scored(context: Context, experiment: Experiment, task: Task, outputs: list[list[str]]) -> dict[str, NDArray[np.int64]]:
+    """Metric -> sums per condition and sentence [S, P, C]. A text that several conditions give is counted once."""
+    references = [reference for _, reference in task.pairs]
+    numbers: dict[tuple[int, str], int] = {}
+    place = np.array([[numbers.setdefault((p, t), len(numbers)) for p, t in enumerate(texts)] for texts in outputs])
+    different = [text for _, text in numbers]
+    against = [references[p] for p, _ in numbers]
+    result = {}
+    for metric in metrics_of(context, experiment, task):
+        if metric.name == ConceptRecall.name:
+            concepts = concept_reader(context)
+            sums = metric.statistics([concepts(t) for t in different], [concepts(t) for t in against])
+        else:
+            sums = metric.statistics(different, against)
+        result[metric.name] = np.asarray(sums)[place]
+    return result
+
+
+def concept_reader(context: Context) -> Callable[[str], list[int]]:
+    """Concepts of a planted text's words, in order."""
+    concept = context.vocabulary.concept
+    assert concept is not None
+    of_word = {word.strip(): int(c) for word, c in zip(context.vocabulary.text, concept, strict=True) if c >= 0}
+    return lambda text: [of_word[word] for word in text.split() if word in of_word]
+
+
+def longest(context: Context, translation: Translation) -> int:
+    """Tokens of the longest translation."""
+    return translation.max_new_tokens or (16 if isinstance(context.study.corpus, PlantedCorpus) else 128)
 
 
 def _positions(model: Any) -> int | None:
@@ -224,10 +276,19 @@ def _positions(model: Any) -> int | None:
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
-def _text(context: Context, tokenizer: Any, ids: list[int], stop: str) -> str:
+def _decoder(context: Context, tokenizer: Any, stop: str) -> Callable[[list[int]], str]:
+    """From generated ids to the translation; the planted world's words have no spaces of their own."""
     if isinstance(context.study.corpus, PlantedCorpus):
-        return cut_output(context.world().text(np.array(ids, np.int64)), stop)
-    return cut_output(tokenizer.decode(ids, skip_special_tokens=True), stop)
+        world = context.world()
+        return lambda ids: cut_output(world.text(np.array(ids, np.int64)), stop)
+    return lambda ids: cut_output(tokenizer.decode(ids, skip_special_tokens=True), stop)
+
+
+def load_statistics(context: Context, experiment: Experiment, direction: str) -> dict[str, NDArray[np.int64]]:
+    """Metric -> sums per condition and sentence [S, P, C], conditions as `translated_conditions` gives them."""
+    folder, n = experiment.folder(context), len(translated_chunks(context, experiment))
+    parts = [np.load(folder / f"{translated_name(direction, i)}.npz") for i in range(n)]
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0].files}
 
 
 def load_translations(context: Context, experiment: Experiment, direction: str) -> dict[int, list[str]]:

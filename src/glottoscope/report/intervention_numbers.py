@@ -1,0 +1,58 @@
+"""Numbers of the intervention in words: changes with their intervals, and what a rank among random draws is worth."""
+
+from __future__ import annotations
+
+import math
+
+from glottoscope.report.intervention_view import Effect
+
+LEVEL = 0.05
+FEWEST_DRAWS = 19  # with fewer not even the best rank reaches the level
+POOLS = {"random": "from all alive features", "random_other": "from outside the class"}
+
+
+def signed(value: float, digits: int) -> str:
+    """`+0.41`, `−0.30`: the sign is that of the number, also where rounding leaves zeros."""
+    return f"{'+' if value > 0 else '−' if value < 0 else ''}{abs(value):.{digits}f}"
+
+
+def digits_of(low: float, high: float, value: float) -> int:
+    """Decimals that show two digits of an interval's width (three of the value where there is no interval)."""
+    width = high - low if math.isfinite(high - low) and high > low else abs(value) / 10
+    return 2 if width <= 0 else min(6, max(1, 1 - math.floor(math.log10(width))))
+
+
+def change_words(effect: Effect) -> str:
+    """`−0.41 [−0.52, −0.30]`."""
+    digits = digits_of(effect.low, effect.high, effect.change)
+    text = signed(effect.change, digits)
+    if math.isfinite(effect.low + effect.high):
+        text += f" [{signed(effect.low, digits)}, {signed(effect.high, digits)}]"
+    return text
+
+
+def listed(names: list[str]) -> str:
+    """`a, b and c`."""
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}" if names else "none"
+
+
+def ranked(effect: Effect, pool: str) -> tuple[int | None, int | None]:
+    """(rank, number of draws) of a part among one pool of draws."""
+    return (effect.rank, effect.n_random) if pool == "random" else (effect.rank_other, effect.n_random_other)
+
+
+def beyond_pool(effect: Effect, pool: str) -> bool | None:
+    """Whether an effect goes further than the draws of a pool, at LEVEL; None where that cannot be told."""
+    rank, n = ranked(effect, pool)
+    if rank is None or not n or effect.verdict not in ("better", "worse"):
+        return None
+    as_far = n - (rank - 1) if effect.verdict == "worse" else rank - 1
+    if as_far == 0 and n < FEWEST_DRAWS:
+        return None
+    return (as_far + 1) / (n + 1) <= LEVEL
+
+
+def beyond_draws(effect: Effect) -> bool | None:
+    """`beyond_pool` of both pools together: further than each that there is."""
+    flags = [flag for pool in POOLS if (flag := beyond_pool(effect, pool)) is not None]
+    return all(flags) if flags else None
