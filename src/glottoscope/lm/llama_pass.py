@@ -74,7 +74,7 @@ def llama_states(
     states: dict[int, Tensor] = {0: x_MD} if 0 in layers else {}
     depth = len(base.layers) if finish else max(layers, default=0)
     x_MD = _blocks(base, x_MD, n_rows, 0, depth, states, layers)
-    last_MD = _rms_norm(x_MD, base.norm) if finish else None
+    last_MD = rms_norm(x_MD, base.norm) if finish else None
     shape = (n_rows, length, -1)
     return {layer: states[layer].view(shape) for layer in layers}, None if last_MD is None else last_MD.view(shape)
 
@@ -94,7 +94,7 @@ def llama_finish(model: PreTrainedModel, x_BTD: Tensor, layer: int, edits: Mappi
         if here in edits:
             x_BTD = edits[here](x_BTD)
         x_BTD = _blocks(base, x_BTD.reshape(n_rows * length, -1), n_rows, here, stop).view(n_rows, length, -1)
-    return _rms_norm(x_BTD.reshape(n_rows * length, -1), base.norm).view(n_rows, length, -1)
+    return rms_norm(x_BTD.reshape(n_rows * length, -1), base.norm).view(n_rows, length, -1)
 
 
 def _blocks(
@@ -114,9 +114,9 @@ def _blocks(
     for number, block in enumerate(base.layers[start:stop], start=start + 1):
         attention, mlp = block.self_attn, block.mlp
         qkv_weight = torch.cat([attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight])
-        u_MD = _rms_norm(x_MD, block.input_layernorm)
+        u_MD = rms_norm(x_MD, block.input_layernorm)
         qkv_BTHE = (u_MD @ qkv_weight.T).view(n_rows, length, n_heads + 2 * n_key_heads, width)
-        _rotate(qkv_BTHE[:, :, : n_heads + n_key_heads], *tables)
+        rotate(qkv_BTHE[:, :, : n_heads + n_key_heads], *tables)
         q_BHTE, k_BGTE, v_BGTE = qkv_BTHE.transpose(1, 2).split([n_heads, n_key_heads, n_key_heads], dim=1)
         mixed_BHTE = F.scaled_dot_product_attention(
             q_BHTE, k_BGTE, v_BGTE, is_causal=True, scale=attention.scaling, enable_gqa=n_key_heads != n_heads
@@ -124,7 +124,7 @@ def _blocks(
         mixed_MX = mixed_BHTE.transpose(1, 2).reshape(n_rows * length, n_heads * width)
         # Out of place: the state before may be one that was asked for.
         x_MD = torch.addmm(x_MD, mixed_MX, attention.o_proj.weight.T)
-        u_MD = _rms_norm(x_MD, block.post_attention_layernorm)
+        u_MD = rms_norm(x_MD, block.post_attention_layernorm)
         gate_MF, up_MF = u_MD @ mlp.gate_proj.weight.T, u_MD @ mlp.up_proj.weight.T
         x_MD.addmm_(F.silu(gate_MF, inplace=True).mul_(up_MF), mlp.down_proj.weight.T)
         if states is not None and number in layers:
@@ -132,12 +132,12 @@ def _blocks(
     return x_MD
 
 
-def _rms_norm(x_MD: Tensor, norm: Any) -> Tensor:
+def rms_norm(x_MD: Tensor, norm: Any) -> Tensor:
     mean_M1 = torch.linalg.vector_norm(x_MD, dim=1, keepdim=True).square_().div_(x_MD.shape[1])
     return (x_MD * mean_M1.add_(norm.variance_epsilon).rsqrt_()).mul_(norm.weight)
 
 
-def _rotate(x_BTHE: Tensor, cos_T1e: Tensor, sin_T1e: Tensor) -> None:
+def rotate(x_BTHE: Tensor, cos_T1e: Tensor, sin_T1e: Tensor) -> None:
     """Rotary embedding in place: the first half of a head's numbers with the second."""
     first, second = x_BTHE.chunk(2, dim=-1)
     kept = first.clone()
