@@ -57,8 +57,8 @@ def test_a_clear_effect_beyond_the_draws() -> None:
     assert f"{100 * 0.05 / 1.3:.1f} % [" in found.text and "of the gap to the donor in log perplexity" in found.text
     assert "better than all 32 draws from all alive features (−" in found.text
     assert "better than all 32 draws from outside the class (−" in found.text
-    assert "The base's own part does less (−" in found.text and "position matters" in found.text
-    ending = "So it does what random features of the same mass, the base's own part and shuffled positions do not."
+    assert "The base's own part does less (−" in found.text and "what is read matters" in found.text
+    ending = "So it does what random features of the same mass, the base's own part and the part of another text do not."
     assert found.text.endswith(ending)
     assert summary(seen, [told]).endswith(
         "On held-out documents 1 of them lowers pooled perplexity with the 95 % interval below 0. Better than random features of "
@@ -89,8 +89,8 @@ def test_one_pool_alone_is_not_enough() -> None:
     [
         (-0.05, 0.02, "The base's own part: −", "but the base's own part may do as much."),
         (-0.09, 0.02, "The base's own part does more (−", "but the base's own part does more."),
-        (0.0, -0.05, "At shuffled positions: −", "but position is not shown to matter."),
-        (0.0, -0.09, "At shuffled positions it does more (−", "but where it is added does not help."),
+        (0.0, -0.05, "The part of another text: −", "but what is read is not shown to matter."),
+        (0.0, -0.09, "The part of another text does more (−", "but what is read does not help."),
     ],
 )
 def test_controls_that_do_as_much_are_doubts(own: float, shuffled: float, words: str, ending: str) -> None:
@@ -294,7 +294,7 @@ def test_the_papers_layout() -> None:
     assert published["bilingual"] == ["18.36", "25.20", "21.96", "62.5", "57.2"] and len(published) == len(PUBLISHED)
     assert "Other models and other text" in html
     arms = cells(html, "Log perplexity (nats per token), held-out documents")
-    assert {"mixed: base's own part", "mixed: donor's part, shuffled positions", "donor's state in place"} <= set(arms)
+    assert {"mixed: base's own part", "mixed: donor's part of another text", "donor's state in place"} <= set(arms)
     assert arms["mixed: random draws, all alive"][-2] == "32 draws"
 
 

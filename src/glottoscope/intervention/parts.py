@@ -40,7 +40,13 @@ class Reader:
     def __init__(self, sae: TopKSAE) -> None:
         self.sae = sae
         self._state: Tensor | None = None
+        self._version: int | None = None
         self._codes: Codes | None = None
+
+    def check(self, x_BTD: Tensor) -> None:
+        """Raises InputError where the SAE is of another width than the states."""
+        if x_BTD.shape[-1] != self.sae.d:
+            raise InputError(f"the SAE reads states of width {self.sae.d}, the model's have width {x_BTD.shape[-1]}")
 
     def codes(self, x_BTD: Tensor) -> Codes:
         """Codes of raw states.
@@ -48,12 +54,13 @@ class Reader:
         Raises:
             InputError: the SAE is of another width.
         """
-        if self._codes is None or self._state is not x_BTD:
-            if x_BTD.shape[-1] != self.sae.d:
-                raise InputError(f"the SAE reads states of width {self.sae.d}, the model's have width {x_BTD.shape[-1]}")
+        # A tensor written to in place is another state; one of inference mode does not say when it was.
+        version = None if x_BTD.is_inference() else x_BTD._version
+        if self._codes is None or self._state is not x_BTD or version is None or self._version != version:
+            self.check(x_BTD)
             values, indices = self.sae.encode(x_BTD)
             norm = torch.linalg.vector_norm(x_BTD.to(values), dim=-1, keepdim=True)
-            self._state, self._codes = x_BTD, Codes(values, indices, norm)
+            self._state, self._version, self._codes = x_BTD, version, Codes(values, indices, norm)
         return self._codes
 
 
@@ -80,6 +87,9 @@ class Injection:
     apart and puts it together again with its error: it must change nothing. steer adds the same vector everywhere, the
     sum of the weighted decoder directions.
 
+    Raises, when called:
+        InputError: the SAE is of another width, or there is no donor that reads this layer.
+
     Attributes:
         reader: the SAE that reads the donor's state (self, identity: the base's).
         own: the same SAE for the base's state, for mode replace.
@@ -103,6 +113,7 @@ class Injection:
         if self.alpha == 0 and self.kind not in ("reconstruction", "state_replaced", "identity"):
             self.positions += int(step.counted_BT.sum())
             return h_BTD  # nothing is added, not even a zero
+        self.reader.check(h_BTD)
         # One precision for all arithmetic here, that of the SAE; the model's own only at the end.
         h = h_BTD.to(self.reader.sae.W_dec)
         norm_BT1 = torch.linalg.vector_norm(h, dim=-1, keepdim=True)
@@ -122,6 +133,8 @@ class Injection:
         if self.kind == "steer":
             assert self.weight_N is not None
             return h + self.alpha * self._raw(self.weight_N @ sae.W_dec, norm_BT1)
+        if self.kind != "self" and self.layer not in step.donor:
+            raise InputError(f"{self.kind} at layer {self.layer} takes the donor's state and there is no donor that reads it")
         source = h_BTD if self.kind == "self" else step.donor[self.layer]
         if self.kind == "state_replaced":
             return source.to(h)

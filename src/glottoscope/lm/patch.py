@@ -10,8 +10,10 @@ Shape legend: B sequences, T positions of this pass, P positions of the cache be
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,6 +46,7 @@ class Step:
 
 Edit = Callable[[Tensor, Step], Tensor]
 """(state [B, T, D], step) -> state [B, T, D] of the same dtype; must leave positions that are not counted as they are."""
+Change = Callable[[Tensor], Tensor]
 
 
 def counted_positions(ids_BT: Tensor, attention_BT: Tensor, special_ids: Iterable[int]) -> Tensor:
@@ -62,6 +65,7 @@ class Donor:
     def __init__(self, model: PreTrainedModel, layers: Sequence[int]) -> None:
         self.model, self.layers = model, tuple(layers)
         self._cache: DynamicCache | None = None
+        self._have = 0  # positions read; the cache of a pass that ends at the first block holds none
 
     def read(self, ids_BT: Tensor, attention: Tensor, past: int, *, cached: bool) -> dict[int, Tensor]:
         """States of the wanted layers at ids [B, T] that follow `past` positions read before.
@@ -74,16 +78,16 @@ class Donor:
             InputError: the positions before were not read by this donor.
         """
         if past == 0:
-            self._cache = None
+            self._cache, self._have = None, 0
         if not cached and past == 0:
             return capture(self.model, ids_BT, attention, self.layers)
-        have = 0 if self._cache is None else int(self._cache.get_seq_length())
-        if have != past:
+        if self._have != past:
             raise InputError(
-                f"the cache holds {past} positions and the donor has read {have}: start the generation inside the patch"
+                f"the cache holds {past} positions and the donor has read {self._have}: start the generation inside the patch"
             )
         if self._cache is None:
             self._cache = DynamicCache()
+        self._have += ids_BT.shape[1]
         return capture(self.model, ids_BT, attention, self.layers, cache=self._cache)
 
     def repeat(self, times: int) -> None:
@@ -107,7 +111,7 @@ def patched(
         edits: layer -> edit; 0 is the input of the first block, L the output of block L.
         special_ids: tokens whose positions stay as they are (BOS, padding ...); positions that the attention mask
             leaves out stay so, too.
-        donor: is given the same ids; its states reach the edits.
+        donor: is given the same ids; its states reach the edits. It may be `model` itself, which then reads unpatched.
 
     Raises:
         InputError: a layer beyond the model; within the block, a pass without token ids or with a mask that is not
@@ -118,16 +122,21 @@ def patched(
         if not 0 <= layer <= len(blocks):
             raise InputError(f"layer {layer} does not exist: the model has {len(blocks)} layers, use 0..{len(blocks)}")
     special = tuple(special_ids)
+    names = list(inspect.signature(model.base_model.forward).parameters)
     step: Step | None = None
+    reading = False
 
     def begin(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        nonlocal step
-        ids = kwargs.get("input_ids", args[0] if args else None)
+        nonlocal step, reading
+        if reading:
+            return
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        ids = given.get("input_ids")
         if ids is None:
             raise InputError("a patched model needs token ids: it was given embeddings")
-        cache = kwargs.get("past_key_values")
+        cache = given.get("past_key_values")
         past = int(cache.get_seq_length()) if cache is not None else 0
-        attention = kwargs.get("attention_mask")
+        attention = given.get("attention_mask")
         if attention is None:
             attention = ids.new_ones(ids.shape[0], past + ids.shape[1])
         if not isinstance(attention, Tensor) or attention.shape != (ids.shape[0], past + ids.shape[1]):
@@ -135,26 +144,27 @@ def patched(
         counted = counted_positions(ids, attention[:, past:], special)
         states = {}
         if donor is not None:
-            use_cache = kwargs.get("use_cache")
+            use_cache = given.get("use_cache")
             cached = cache is not None or bool(model.config.use_cache if use_cache is None else use_cache)
-            states = donor.read(ids, attention, past, cached=cached)
+            reading = True
+            try:
+                states = donor.read(ids, attention, past, cached=cached)
+            finally:
+                reading = False
         step = Step(ids, counted, states)
 
-    def current() -> Step:
+    def change(edit: Edit, x_BTD: Tensor) -> Tensor:
+        if reading:
+            return x_BTD
         assert step is not None  # the base model's own hook comes first
-        return step
+        return edit(x_BTD, step)
 
-    handles = [model.base_model.register_forward_pre_hook(begin, with_kwargs=True)]
+    handle = model.base_model.register_forward_pre_hook(begin, with_kwargs=True)
     try:
-        for layer, edit in edits.items():
-            if layer == 0:
-                handles.append(blocks[0].register_forward_pre_hook(_input_hook(edit, current), with_kwargs=True))
-            else:
-                handles.append(blocks[layer - 1].register_forward_hook(_output_hook(edit, current)))
-        yield
+        with _hooked(model, {layer: partial(change, edit) for layer, edit in edits.items()}):
+            yield
     finally:
-        for handle in handles:
-            handle.remove()
+        handle.remove()
 
 
 def finish(
@@ -168,21 +178,11 @@ def finish(
         step: what the edits are given.
     """
     layer, x_BTD = state
+    changes: dict[int, Change] = {at: _bound(edit, step) for at, edit in edits.items()}
     if right_padded(attention_BT) and knows(model):
-        return llama_finish(model, x_BTD, layer, {at: _bound(edit, step) for at, edit in edits.items()})
-    blocks = decoder_blocks(model)
-    handles = []
-    try:
-        for at, edit in edits.items():
-            if at == 0:
-                handles.append(blocks[0].register_forward_pre_hook(_input_hook(edit, lambda: step), with_kwargs=True))
-            else:
-                handles.append(blocks[at - 1].register_forward_hook(_output_hook(edit, lambda: step)))
-        with torch.no_grad():
-            return model.base_model(input_ids=ids_BT, **forward_arguments(model, attention_BT)).last_hidden_state
-    finally:
-        for handle in handles:
-            handle.remove()
+        return llama_finish(model, x_BTD, layer, changes)
+    with _hooked(model, changes), torch.no_grad():
+        return model.base_model(input_ids=ids_BT, **forward_arguments(model, attention_BT)).last_hidden_state
 
 
 def check_pair(base: PreTrainedModel, donor: PreTrainedModel, layers: Sequence[int], names: tuple[str, str]) -> None:
@@ -209,23 +209,40 @@ def check_pair(base: PreTrainedModel, donor: PreTrainedModel, layers: Sequence[i
                 raise InputError(f"layer {layer} does not exist in {name}: use 0..{n_layers(model)}")
 
 
-def _bound(edit: Edit, step: Step) -> Callable[[Tensor], Tensor]:
+def _bound(edit: Edit, step: Step) -> Change:
     return lambda x_BTD: edit(x_BTD, step)
 
 
-def _input_hook(edit: Edit, step: Callable[[], Step]) -> Callable[..., Any]:
+@contextlib.contextmanager
+def _hooked(model: PreTrainedModel, changes: Mapping[int, Change]) -> Iterator[None]:
+    """Within the block the state of every layer named goes through its function."""
+    blocks = decoder_blocks(model)
+    handles = []
+    try:
+        for layer, change in changes.items():
+            if layer == 0:
+                handles.append(blocks[0].register_forward_pre_hook(_input_hook(change), with_kwargs=True))
+            else:
+                handles.append(blocks[layer - 1].register_forward_hook(_output_hook(change)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _input_hook(change: Change) -> Callable[..., Any]:
     def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if args:
-            return (edit(args[0], step()), *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": edit(kwargs["hidden_states"], step())}
+            return (change(args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": change(kwargs["hidden_states"])}
 
     return hook
 
 
-def _output_hook(edit: Edit, step: Callable[[], Step]) -> Callable[..., Any]:
+def _output_hook(change: Change) -> Callable[..., Any]:
     def hook(_module: nn.Module, _args: tuple[Any, ...], output: Tensor | tuple[Any, ...]) -> Tensor | tuple[Any, ...]:
         if isinstance(output, tuple):  # before transformers 5
-            return (edit(output[0], step()), *output[1:])
-        return edit(output, step())
+            return (change(output[0]), *output[1:])
+        return change(output)
 
     return hook

@@ -244,7 +244,7 @@ def _legend(figure: Figure, view: View, settings: Sequence[Setting], text: str, 
 
     handles: list[Any] = [Line2D([], [], color=INK, marker="D", markersize=4.6, linewidth=1.5)]
     names = ["the donor's part"]
-    for arm, marker, label in (("self", "o", "the base's own part"), ("shuffled", "x", "shuffled positions")):
+    for arm, marker, label in (("self", "o", "the base's own part"), ("shuffled", "x", "the part of another text")):
         if any_of(arm):
             handles.append(Line2D([], [], color=INK, marker=marker, markersize=3, markerfacecolor="none", linewidth=0.7))
             names.append(label)

@@ -259,10 +259,10 @@ def _against_shuffled(s: Setting, effect: Effect, part: str, text: str, target: 
         return _Control()
     change = change_words(shuffled)
     if does == "less":
-        return _Control(f"At shuffled positions it does less ({change}): position matters.", "shuffled positions")
+        return _Control(f"The part of another text does less ({change}): what is read matters.", "the part of another text")
     if does == "more":
-        return _Control(f"At shuffled positions it does more ({change}).", "", "where it is added does not help")
-    return _Control(f"At shuffled positions: {change}, intervals overlap.", "", "position is not shown to matter")
+        return _Control(f"The part of another text does more ({change}).", "", "what is read does not help")
+    return _Control(f"The part of another text: {change}, intervals overlap.", "", "what is read is not shown to matter")
 
 
 def _by_language(view: View, s: Setting, part: str, text: str) -> str:

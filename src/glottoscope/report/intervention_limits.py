@@ -12,7 +12,7 @@ from glottoscope.report.summary import plural
 
 CONTROL_ARMS = {
     "self": "self-injection",
-    "shuffled": "shuffled positions",
+    "shuffled": "the part of another text",
     "reconstruction": "the SAE's reconstruction as a ceiling",
     "state": "the donor's whole state as a ceiling",
 }

@@ -41,7 +41,7 @@ ARM_NAMES = {
     "random": "random draws, all alive",
     "random_other": "random draws, outside the class",
     "self": "base's own part",
-    "shuffled": "donor's part, shuffled positions",
+    "shuffled": "donor's part of another text",
     "reconstruction": "donor SAE's reconstruction",
     "state": "donor's state added",
     "state_replaced": "donor's state in place",
@@ -287,7 +287,10 @@ def _words() -> str:
             "that do better; rank / (draws + 1) below 5 % is called beyond the draws",
         ),
         ("base's own part", "the same class read by the base's own SAE in its own state, and added to it (self-injection)"),
-        ("shuffled positions", "the donor's part of another position of the same sequence"),
+        (
+            "the part of another text",
+            "the donor's part where it read another text of the same language; a later position of the same text would tell too much",
+        ),
         ("gap closed", "change / (donor - base), of log perplexity or of the translation measure"),
         ("added norm", "the mean length of the change of the state, as a share of the state's own length"),
         (

@@ -141,9 +141,9 @@ def _print(rows: pa.Table, experiment: Experiment, text: str, console: Console) 
         shown.add_column(f"{metric} {language}")
     shown.add_column("rank among it and its draws")
     found = rows.to_pylist()
-    lines = dict.fromkeys(
-        (r["arm"], r["part"], r["alpha"]) for r in found if r["arm"] not in ("random", "random_other") and r["chosen"]
-    )
+    # The other controls are in the table and the report: here is what a reader looks for first.
+    first = ("baseline", "donor", "part", "reconstruction", "state_replaced")
+    lines = dict.fromkeys((r["arm"], r["part"], r["alpha"]) for r in found if r["arm"] in first and r["chosen"])
     for arm, part, alpha in lines:
         mine = {(r["metric"], r["language"]): r for r in found if (r["arm"], r["part"], r["alpha"]) == (arm, part, alpha)}
         cells = [_cell(mine.get(m)) for m in measures]

@@ -9,12 +9,10 @@ from rich.console import Console
 from rich.progress import Progress
 
 from glottoscope.atomic import write_json, write_table
-from glottoscope.errors import InputError
 from glottoscope.intervention import comet
 from glottoscope.study.stages.context import Context
-from glottoscope.study.stages.intervene.experiments import Experiment, translate_key
+from glottoscope.study.stages.intervene.experiments import Experiment, comet_key
 from glottoscope.study.stages.intervene.translating import load_translations, tasks_of
-from glottoscope.study.store import digest
 
 
 def score_comet(
@@ -24,13 +22,11 @@ def score_comet(
     are there for this model and these translations.
 
     Raises:
-        InputError: nothing was translated, or COMET cannot be run; says what to do.
+        InputError: COMET cannot be run; says what to do.
     """
-    if experiment.config.translation is None:
-        raise InputError("--comet scores translations: add --translate")
-    folder = experiment.folder(context)
-    key = digest("comet", comet.fingerprint(model), translate_key(context, experiment))
-    if (folder / "comet.json").exists() and context.store.is_done(folder, "comet", key):
+    folder, fingerprint = experiment.folder(context), comet.fingerprint(model)
+    key = comet_key(context, experiment, fingerprint)
+    if context.store.is_done(folder, "comet", key):
         return
     rows: list[tuple[str, int, int]] = []
     wanted: dict[tuple[str, str, str], int] = {}
@@ -55,6 +51,6 @@ def score_comet(
     })  # fmt: skip
     context.store.begin(folder, "comet")
     write_table(folder / "comet.parquet", table)
-    about = {"model": model.name, "fingerprint": comet.fingerprint(model), "versions": comet.versions(environment)}
+    about = {"model": model.name, "fingerprint": fingerprint, "versions": comet.versions(environment)}
     write_json(folder / "comet.json", {"key": key, **about})
     context.store.mark_done(folder, "comet", key, about, ["comet.parquet", "comet.json"])

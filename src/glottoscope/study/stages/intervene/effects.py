@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,13 +12,21 @@ import pyarrow as pa
 import pyarrow.csv
 from numpy.typing import NDArray
 
-from glottoscope.atomic import atomic_path, write_table
+from glottoscope.atomic import atomic_path, write_json, write_table
 from glottoscope.intervention.conditions import Condition
 from glottoscope.intervention.effects import nll_score, paired_effects, ppl_score, ranks
 from glottoscope.intervention.scores import ratio
 from glottoscope.study.plan import seed_for
 from glottoscope.study.stages.context import Context
-from glottoscope.study.stages.intervene.experiments import Experiment, all_experiments, dev_of, effects_key, read_plan, texts
+from glottoscope.study.stages.intervene.experiments import (
+    Experiment,
+    all_experiments,
+    dev_of,
+    effects_key,
+    present_comet_key,
+    read_plan,
+    texts,
+)
 from glottoscope.study.stages.intervene.measuring import load_losses
 from glottoscope.study.stages.intervene.preparing import load_conditions
 from glottoscope.study.stages.intervene.texts import text_of
@@ -67,7 +76,7 @@ class Measure(NamedTuple):
 
 
 def make_effects(root: str, raw: dict[str, Any], report: Callable[..., None]) -> None:
-    """Write rows.parquet of one experiment."""
+    """Write rows.parquet of one experiment, and experiment.json, which says what they are of."""
     context, experiment = Context.open(root), Experiment.parse(raw)
     folder = experiment.folder(context)
     key = effects_key(context, experiment)
@@ -78,7 +87,8 @@ def make_effects(root: str, raw: dict[str, Any], report: Callable[..., None]) ->
         rows += _rows(context, experiment, measure)
     rows += _empty(context, experiment)
     write_table(folder / "rows.parquet", pa.Table.from_pylist(rows, schema()))
-    context.store.mark_done(folder, "effects", key, {}, ["rows.parquet"])
+    write_json(folder / "experiment.json", experiment.dump())
+    context.store.mark_done(folder, "effects", key, {}, ["rows.parquet", "experiment.json"])
 
 
 # ---- what was measured
@@ -86,7 +96,7 @@ def make_effects(root: str, raw: dict[str, Any], report: Callable[..., None]) ->
 
 def _measures(context: Context, experiment: Experiment) -> Iterator[Measure]:
     folder = experiment.folder(context)
-    for name in dict.fromkeys(dev_of(context, text) for text in read_plan(folder)["texts"]):
+    for name in dict.fromkeys(dev_of(context, text) for text in _told(context, experiment)):
         with np.load(folder / f"{name}.npz") as dev:
             yield from _losses(context, experiment, name, dev["nll"], dev["tokens"])
     for text in texts(context, experiment.config):
@@ -95,6 +105,11 @@ def _measures(context: Context, experiment: Experiment) -> Iterator[Measure]:
     if experiment.config.translation is not None:
         for task in tasks_of(context, experiment):
             yield from _translations(context, experiment, task)
+
+
+def _told(context: Context, experiment: Experiment) -> list[str]:
+    """The plan's texts that the settings ask for."""
+    return texts(context, experiment.config) + (["translation"] if experiment.config.translation is not None else [])
 
 
 def _losses(
@@ -115,17 +130,15 @@ def _translations(context: Context, experiment: Experiment, task: Task) -> Itera
     for metric in metrics_of(context, experiment, task):
         totals = found[metric.name].astype(np.float64)
         yield Measure("translation", metric.name, direction, metric.better, metric.score, conditions, totals, task.article)
-    scores = comet_scores(experiment.folder(context) / "comet.parquet", direction, len(task.pairs))
-    if scores:
+    if present_comet_key(context, experiment) is not None:
+        scores = comet_scores(experiment.folder(context) / "comet.parquet", direction, len(task.pairs))
         chosen = sorted(scores)
         totals = np.stack([np.stack([scores[c], np.ones(len(task.pairs))], axis=-1) for c in chosen])
         yield Measure("translation", "comet", direction, "higher", ratio, chosen, totals, task.article)
 
 
-def comet_scores(path: Any, direction: str, n_pairs: int) -> dict[int, NDArray[np.float64]]:
-    """Condition -> COMET of every pair [P]; empty where none were made."""
-    if not path.exists():
-        return {}
+def comet_scores(path: Path, direction: str, n_pairs: int) -> dict[int, NDArray[np.float64]]:
+    """Condition -> COMET of every pair [P]."""
     result: dict[int, NDArray[np.float64]] = {}
     for row in read_parquet(path).to_pylist():
         if row["direction"] == direction:
@@ -161,7 +174,7 @@ def _rows(context: Context, experiment: Experiment, measure: Measure) -> list[di
     folder = experiment.folder(context)
     plan = read_plan(folder)
     dev = measure.text.startswith("dev_")
-    of_text = next(t for t in plan["texts"] if dev_of(context, t) == measure.text) if dev else measure.text
+    of_text = next(t for t in _told(context, experiment) if dev_of(context, t) == measure.text) if dev else measure.text
     every, sets = load_conditions(context, experiment, of_text)
     if dev:
         every = _dev_conditions(experiment, plan["texts"][of_text]["alpha"])

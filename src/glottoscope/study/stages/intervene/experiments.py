@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from glottoscope.corpus.llm_jp_eval import shots_file
 from glottoscope.errors import InputError
-from glottoscope.study.config import InterventionConfig, TextCorpus, Translation
+from glottoscope.study.config import InterventionConfig, TextCorpus
 from glottoscope.study.plan import Cell, ModelRun
 from glottoscope.study.stages.context import Context, _hash_tree
 from glottoscope.study.store import digest
 
-VERSIONS = {"prepare": 1, "measure": 1, "translate": 1, "effects": 1}
+VERSIONS = {"prepare": 2, "measure": 1, "translate": 1, "effects": 1}
 STUDY_NAME = "study"  # experiments that the study file asks for; those of the command line have another name
 CHUNK = 64  # conditions measured together: the lower half of the models is read once for them
 TRANSLATED_CHUNK = 16
@@ -74,26 +75,26 @@ def experiments(context: Context, config: InterventionConfig, name: str = STUDY_
     """
     result = []
     seed = min(context.study.sae.seeds)
+    _check_parts(context, config)
+    if not texts(context, config):
+        raise InputError("intervention.texts: sentences need corpus.aligned.test: give it, or take documents")
+    if config.translation is not None:
+        _check_translation(context, config)
     for run in _models(context, config):
         donor_run = run if config.donor_model is None else _run(context, config.donor_model, "intervention.donor_model")
         donor = donor_run.final.step if config.donor == "final" else _step(donor_run, config.donor, "donor")
         _check_fit(run, donor_run)
         layers = _layers(context, run, donor_run, config)
         groups = [layers] if config.together else [(layer,) for layer in layers]
-        for base in half_step(context, run) if config.bases == "half" else config.bases:
+        for base in half_step(context, run) if config.bases == "half" else dict.fromkeys(config.bases):
             _step(run, base, "base")
             result += [Experiment(name, run.name, donor_run.name, base, donor, group, seed, config) for group in groups]
-    _check_parts(context, config)
-    if not texts(context, config):
-        raise InputError("intervention.texts: sentences need corpus.aligned.test: give it, or take documents")
-    if config.translation is not None:
-        _check_translation(context, config.translation)
     return result
 
 
 def _models(context: Context, config: InterventionConfig) -> list[ModelRun]:
     if config.models is not None:
-        return [_run(context, name, "intervention.models") for name in config.models]
+        return [_run(context, name, "intervention.models") for name in dict.fromkeys(config.models)]
     candidates = [r for r in context.runs if r.control == "none" and r.lm_seed == min(_seeds(context, r))] or list(context.runs)
     return [max(candidates, key=lambda r: (r.shape.n_params if r.shape else 0, -candidates.index(r)))]
 
@@ -144,14 +145,17 @@ def _layers(context: Context, run: ModelRun, donor: ModelRun, config: Interventi
 
 
 def _check_parts(context: Context, config: InterventionConfig) -> None:
+    if taken := [name for name in config.features if name in context.study.languages]:
+        raise InputError(f"intervention.features.{taken[0]}: that is a language of the study; choose another name")
     known = [*default_parts(context, config), "bilingual"]
-    for part in config.parts or ():
+    for part in (*(config.parts or ()), *(config.translation.drawn or () if config.translation else ())):
         if part not in known:
             raise InputError(f"part {part!r} is unknown: choose from {', '.join(dict.fromkeys(known))}, or name features")
 
 
-def _check_translation(context: Context, translation: Translation) -> None:
-    corpus = context.study.corpus
+def _check_translation(context: Context, config: InterventionConfig) -> None:
+    corpus, translation = context.study.corpus, config.translation
+    assert translation is not None
     if translation.files:
         for path in translation.files:
             if not Path(path).is_file():
@@ -164,9 +168,14 @@ def _check_translation(context: Context, translation: Translation) -> None:
 
 
 def default_parts(context: Context, config: InterventionConfig) -> list[str]:
-    """Parts in the order of every table."""
+    """The parts that are taken where none are named, in the order of every table."""
     pairs = ["bilingual"] if "test" in context._aligned_sets() else []
     return [*context.study.languages, "mixed", *pairs, "bilingual_paper", "all", *config.features]
+
+
+def parts_of(context: Context, config: InterventionConfig) -> list[str]:
+    """The parts that are measured, each once."""
+    return list(dict.fromkeys(config.parts or default_parts(context, config)))
 
 
 def half_step(context: Context, run: ModelRun) -> list[int]:
@@ -207,21 +216,30 @@ def translate_key(context: Context, experiment: Experiment) -> str:
     translation = experiment.config.translation
     assert translation is not None
     settings = translation.model_dump(mode="json", exclude={"files"})
-    hashes = [_hash_tree(Path(path)) for path in translation.files]
+    paths = [p for file in translation.files for p in (Path(file), shots_file(file)) if p is not None]
+    hashes = [_hash_tree(path) for path in paths]
     return digest("translate", VERSIONS["translate"], prepare_key(context, experiment), settings, hashes)
 
 
 def effects_key(context: Context, experiment: Experiment) -> str:
     parts = [measure_key(context, experiment, text) for text in texts(context, experiment.config)]
     if experiment.config.translation is not None:
-        parts += [translate_key(context, experiment), comet_key(experiment.folder(context))]
+        parts += [translate_key(context, experiment), present_comet_key(context, experiment)]
     return digest("effects", VERSIONS["effects"], parts, experiment.config.bootstrap, context.study.study.seed)
 
 
-def comet_key(folder: Path) -> str | None:
-    """Key of the COMET scores that lie in an experiment's folder, if any."""
-    path = folder / "comet.json"
-    return json.loads(path.read_text(encoding="utf-8"))["key"] if path.exists() else None
+def comet_key(context: Context, experiment: Experiment, fingerprint: str) -> str:
+    """Key of the COMET scores that a model gives to an experiment's translations."""
+    return digest("comet", fingerprint, translate_key(context, experiment))
+
+
+def present_comet_key(context: Context, experiment: Experiment) -> str | None:
+    """Key of the COMET scores that lie in an experiment's folder; None where there are none of the present translations."""
+    path = experiment.folder(context) / "comet.json"
+    if not path.exists():
+        return None
+    found = json.loads(path.read_text(encoding="utf-8"))
+    return found["key"] if found["key"] == comet_key(context, experiment, found["fingerprint"]) else None
 
 
 # ---- what lies in a run directory
@@ -240,7 +258,11 @@ def chunks(folder: Path, text: str) -> list[range]:
 
 def texts(context: Context, config: InterventionConfig) -> list[str]:
     """Texts whose loss is measured: sentences only where there are aligned test sentences."""
-    return [text for text in config.texts if text == "documents" or "test" in context._aligned_sets()]
+    return [text for text in dict.fromkeys(config.texts) if text in possible_texts(context)]
+
+
+def possible_texts(context: Context) -> list[str]:
+    return ["documents", "sentences"] if "test" in context._aligned_sets() else ["documents"]
 
 
 def dev_of(context: Context, text: str) -> str:
@@ -249,12 +271,26 @@ def dev_of(context: Context, text: str) -> str:
 
 
 def all_experiments(context: Context) -> Iterator[Experiment]:
-    """Every experiment of the run directory that is complete with what the run holds now, in a fixed order."""
+    """Every experiment of the run directory that is complete with what the run holds now, in a fixed order.
+
+    Of those under the study's own name only what the study file asks for now.
+    """
+    asked = _asked_for(context)
     for path in sorted(context.store.interventions_dir.glob("*/*/*/*/experiment.json")):
         experiment = Experiment.parse(json.loads(path.read_text(encoding="utf-8")))
+        if experiment.name == STUDY_NAME and path.parent not in asked:
+            continue
         try:
             key = effects_key(context, experiment)
         except (InputError, StopIteration):
             continue  # of a model, step or layer that the study no longer has
         if context.store.is_done(path.parent, "effects", key):
             yield experiment
+
+
+def _asked_for(context: Context) -> set[Path]:
+    config = context.study.intervention
+    try:
+        return set() if config is None else {e.folder(context) for e in experiments(context, config)}
+    except InputError:
+        return set()  # the study is not complete

@@ -20,12 +20,12 @@ from glottoscope.lm.patch import check_pair
 from glottoscope.sae.model import TopKSAE
 from glottoscope.study.plan import Cell, seed_for
 from glottoscope.study.stages.context import Context
-from glottoscope.study.stages.intervene.experiments import Experiment, default_parts, dev_of, prepare_key, read_plan, texts
+from glottoscope.study.stages.intervene.experiments import Experiment, dev_of, parts_of, possible_texts, prepare_key, read_plan
 from glottoscope.study.stages.intervene.texts import text_of
 from glottoscope.study.store import read_parquet
 
 Sets = dict[int, dict[str, NDArray[np.bool_]]]  # layer -> name -> [N]
-FILES = ["plan.json", "sets.npz", "experiment.json"]
+FILES = ["plan.json", "sets.npz"]
 
 
 class Scene(NamedTuple):
@@ -79,7 +79,7 @@ def prepare(root: str, raw: dict[str, Any], report: Callable[..., None]) -> None
     mass = masses(scene.donor, dev, readers, special_ids=special, batch=batch)
     sets, notes = _classes(context, experiment)
     report(1, 3, "alpha on dev text")
-    wanted = texts(context, config) + (["translation"] if config.translation is not None else [])
+    wanted = [*possible_texts(context), "translation"]  # all there are: another choice of texts needs no other plan
     alphas = {name: _choose_alpha(context, experiment, scene, name, sets) for name in {dev_of(context, t): 0 for t in wanted}}
     report(2, 3, "random draws")
     _draw(context, experiment, mass, sets, notes)
@@ -96,7 +96,6 @@ def prepare(root: str, raw: dict[str, Any], report: Callable[..., None]) -> None
         sizes = {f"size/{layer}": np.int64(len(next(iter(found.values())))) for layer, found in sets.items()}
         np.savez(handle, **arrays, **sizes)  # pyright: ignore[reportArgumentType]
     write_json(folder / "plan.json", plan)
-    write_json(folder / "experiment.json", experiment.dump())
     context.store.mark_done(folder, "prepare", prepare_key(context, experiment), {}, [*FILES, *(f"{name}.npz" for name in alphas)])
 
 
@@ -108,14 +107,14 @@ def _classes(context: Context, experiment: Experiment) -> tuple[Sets, dict[str, 
     notes = {}
     for layer in experiment.layers:
         theirs, own = (_features(context, cell, layer, experiment.seed) for cell in (donor, base))
-        for part in config.parts or default_parts(context, config):
+        for part in parts_of(context, config):
             wanted = config.features.get(part, part)
             sets[layer][part] = select(theirs, wanted, languages)
             if isinstance(wanted, str):  # ids mean nothing in another SAE
                 sets[layer][f"self:{part}"] = select(own, wanted, languages)
         # The strength is chosen by it and the draws come from it, whatever parts were asked for.
         sets[layer].setdefault("all", select(theirs, "all", languages))
-    for part in config.parts or default_parts(context, config):
+    for part in parts_of(context, config):
         if not any(found[part].any() for found in sets.values()):
             notes[part] = _why_empty(context, part)
     return sets, notes
@@ -180,7 +179,7 @@ def _mass_share(mass: Mapping[int, NDArray[np.float64]], sets: Sets, name: str) 
 def _conditions(context: Context, experiment: Experiment, sets: Sets, alpha: float) -> list[Condition]:
     config = experiment.config
     first = sets[experiment.layers[0]]
-    parts = [p for p in config.parts or default_parts(context, config) if any(found[p].any() for found in sets.values())]
+    parts = [p for p in parts_of(context, config) if any(found[p].any() for found in sets.values())]
     result = [Condition("baseline"), Condition("donor"), Condition("identity")]
     result += [Condition("part", p, alpha=a, chosen=a == alpha, features=p) for p in parts for a in config.alphas]
     for part in parts:

@@ -35,6 +35,8 @@ def measure_units(context: Context, wanted: Sequence[Experiment]) -> list[Unit]:
     """Losses and translations, the longest first: workers then end at about the same time."""
     root, units = str(context.store.root), []
     for e in wanted:
+        if not context.store.is_done(e.folder(context), "prepare", prepare_key(context, e)):
+            continue  # what there is to measure is not known yet
         for text, i in measuring.missing_chunks(context, e):
             every = chunks(e.folder(context), text)
             name = f"{e.title}: {text} {i + 1}/{len(every)}"
