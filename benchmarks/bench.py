@@ -67,6 +67,7 @@ SECTIONS: dict[str, Callable[[Options], Section]] = {
     "sae": from_module("sae_speed"),
     "threads": from_module("threads"),
     "lm": from_module("lm_pass"),
+    "intervention": from_module("intervention"),
     "memory": from_module("plan_memory"),
     "collection": collection,
     "study": from_module("study"),

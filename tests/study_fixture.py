@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -46,6 +47,18 @@ PLANTED: dict[str, Any] = {
 }  # fmt: skip
 
 
+# One experiment with everything in it, and the settings of one that is over at once.
+INTERVENTION: dict[str, Any] = {
+    "bases": [0], "layers": [1], "draws": 4, "alphas": [0.0, 0.5, 1.0], "tokens": 1500, "bootstrap": 50,
+    "features": {"few": [1, 2, 3], "dense": "density > 0.1", "nothing": "density > 2"},
+    "translation": {"pairs": 12, "draws": 2, "shots": 2},
+}  # fmt: skip
+BRIEF: dict[str, Any] = {
+    "bases": [0], "layers": [1], "draws": 0, "alphas": [1.0], "tokens": 300, "bootstrap": 20, "parts": ["mixed", "all"],
+    "texts": ["documents"],
+}  # fmt: skip
+
+
 def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """A study with some fields changed; nested tables are merged, lists replaced."""
     result: dict[str, Any] = json.loads(json.dumps(base))
@@ -79,6 +92,15 @@ def run(raw: Mapping[str, Any], out: Path, *, until: str = "score", workers: int
 def attempt(raw: Mapping[str, Any], out: Path, *, until: str = "score", workers: int = 1) -> RunResult:
     """Run a study in this process; what failed is in the result."""
     return run_study(as_study(raw, out.parent), out, until=until, workers=workers, console=Console(file=StringIO()))
+
+
+def intervened(
+    source: RunStore, root: Path, settings: Mapping[str, Any], *, raw: Mapping[str, Any] = PLANTED, workers: int = 1
+) -> RunStore:
+    """The interventions of a study in `root`, which starts as a copy of a run of the study without them."""
+    if not root.exists():
+        shutil.copytree(source.root, root)
+    return run({**raw, "intervention": settings}, root, until="intervene", workers=workers)
 
 
 def work_done(store: RunStore, before: int = 0) -> dict[str, int]:

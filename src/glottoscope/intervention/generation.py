@@ -21,7 +21,7 @@ from glottoscope.intervention.parts import Injection
 from glottoscope.lm.capture import cached_arguments
 from glottoscope.lm.llama_pass import knows
 from glottoscope.lm.llama_steps import LlamaSteps
-from glottoscope.lm.patch import Donor, Step, counted_positions, patched
+from glottoscope.lm.patch import Donor, Step, check_layers, counted_positions, patched
 
 Report = Callable[[float, float, str], None]
 
@@ -91,6 +91,9 @@ def _reader(
 ) -> tuple[Callable[[], Reading], AbstractContextManager[None]]:
     """What starts reading a batch, and the context in which it works: hooks, where the model is not a plain Llama."""
     if knows(model) and (donor is None or knows(donor)):
+        for owner in (model, donor):
+            if owner is not None:
+                check_layers(owner, edits)
         return lambda: _PlainReading(model, edits, donor, special_ids), nullcontext()
     along = None if donor is None else Donor(donor, sorted(edits))
     return lambda: _HookedReading(model, along), patched(model, edits, special_ids=special_ids, donor=along)
@@ -166,12 +169,13 @@ def _continue(
     head = model.get_output_embeddings()
     assert head is not None
     stops = torch.tensor(sorted(stop_ids), dtype=torch.long, device=device)
-    rows = torch.arange(n_rows, device=device)  # whose outputs are not finished
+    rows = torch.arange(n_rows, device=device)
+    going_B = torch.ones(n_rows, dtype=torch.bool, device=device)  # of those still carried along
     new_BN = torch.full((n_rows, max_new_tokens), -1, dtype=torch.long, device=device)
     ids, real = ids_BT, real_BT
     for n in range(max_new_tokens):
         token_B = head(reading.read(ids, real)[:, -1]).argmax(-1)
-        going_B = ~torch.isin(token_B, stops)
+        going_B = going_B & ~torch.isin(token_B, stops)
         new_BN[rows, n] = torch.where(going_B, token_B, -1)
         if not bool(going_B.any()) or n == max_new_tokens - 1:
             break
@@ -179,10 +183,9 @@ def _continue(
         if int(going_B.sum()) <= 0.75 * len(rows):
             kept = going_B.nonzero()[:, 0]
             reading.select(kept)
-            rows, token_B = rows[kept], token_B[kept]
+            rows, token_B, going_B = rows[kept], token_B[kept], going_B[kept]
         ids = token_B[:, None]
         real = torch.ones_like(ids, dtype=torch.bool)
-    # A row that had ended but was still carried along has written after its end.
     new = new_BN.cpu().numpy()
     ended = np.where((new == -1).any(axis=1), np.argmax(new == -1, axis=1), max_new_tokens)
     return [row[:end].tolist() for row, end in zip(new, ended, strict=True)]

@@ -161,7 +161,8 @@ class Injection:
             return self._raw(part, codes.norm_BT1)
         if self.reader.sae.normalization == "unit":
             return part * norm_BT1
-        return part * (norm_BT1 / codes.norm_BT1.clamp_min(torch.finfo(part.dtype).tiny))
+        # A state of zeros has no direction that a norm could be given to.
+        return part * torch.where(codes.norm_BT1 > 0, norm_BT1 / codes.norm_BT1, 0)
 
 
 def _moved(codes: Codes, step: Step) -> Codes:

@@ -44,7 +44,7 @@ def windows(tokens: NDArray[np.integer], lengths: NDArray[np.integer], *, window
     """Cut sequences into windows of at most `window` tokens, BOS included; each later one starts `stride` tokens on.
 
     A window's first tokens, which the window before has scored already, are context only. Every window starts with
-    BOS where there is one, as the models were trained.
+    BOS where there is one, as the models were trained; without it a text's first token has no prediction.
 
     Args:
         tokens: all sequences one after the other, without BOS.
@@ -55,10 +55,10 @@ def windows(tokens: NDArray[np.integer], lengths: NDArray[np.integer], *, window
     """
     prefix = 0 if bos_id is None else 1
     room = window - prefix
-    if room < 2 or not 1 <= stride <= room:
+    if room < 2 or not 1 <= stride < window:  # without BOS, a later window's first token is scored in the one before
         raise InputError(
             f"window = {window} and stride = {stride}: give a window of at least {2 + prefix} tokens "
-            f"and a stride from 1 to {max(1, room)}"
+            f"and a stride from 1 to {max(1, window - 1)}"
         )
     lengths = np.asarray(lengths, np.int64)
     count_U = 1 + np.maximum(0, -(-(lengths - room) // stride))
@@ -67,7 +67,7 @@ def windows(tokens: NDArray[np.integer], lengths: NDArray[np.integer], *, window
     start_W = number_W * stride
     length_W = np.minimum(room, lengths[unit_W] - start_W)
     offset_W = (np.cumsum(lengths) - lengths)[unit_W] + start_W
-    # What the window before ended with is context; without BOS the very first token has no prediction.
+    # What the window before ended with is context.
     first_W = np.where(number_W == 0, 0, room - stride)
     width = int(length_W.max(initial=0))
     real = np.arange(width) < length_W[:, None]
@@ -132,7 +132,8 @@ def measure(
             last_BTD = finish(model, scene.ids_BT, scene.attention_BT, known, todo, step)
             nll, n = loss_of_hidden(model, last_BTD, scene.ids_BT, scene.scored_BT, scene.unit_BT, len(scene.units))
             if not np.isfinite(nll).all():
-                raise InputError(f"condition {describe(condition)}: the loss is not finite; take a smaller alpha")
+                remedy = "take a smaller alpha" if condition.alpha else "check the model's weights"
+                raise InputError(f"condition {describe(condition)}: the loss is not finite; {remedy}")
             nll_SU[s, scene.units] += nll
             if s == 0:
                 tokens_U[scene.units] += n
@@ -178,13 +179,20 @@ def _places(counted_BT: torch.Tensor, other_BT: torch.Tensor) -> torch.Tensor:
 
 
 def other_windows(text: Windows, language_U: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
-    """For every window another one of its language [W]: each is taken once; a language's only window takes itself."""
+    """For every window one of another unit of its language [W], each taken once.
+
+    Windows of one unit overlap and could tell each other what comes next. Only where a unit has more than half of its
+    language's windows do some stay within it; a language's only window takes itself.
+    """
     rng = np.random.default_rng(seed)
     result = np.arange(len(text.unit))
     language_W = language_U[text.unit]
     for language in np.unique(language_W):
-        mine = rng.permutation(np.flatnonzero(language_W == language))
-        result[mine] = np.roll(mine, 1)
+        mine = np.flatnonzero(language_W == language)
+        _, unit, count = np.unique(text.unit[mine], return_inverse=True, return_counts=True)
+        # Units side by side in a drawn order: moved by the largest one's windows, every window leaves its unit.
+        mine = mine[np.lexsort((rng.permutation(len(mine)), rng.permutation(len(count))[unit]))]
+        result[mine] = np.roll(mine, count.max() if len(count) > 1 else 1)
     return result
 
 

@@ -117,10 +117,7 @@ def patched(
         InputError: a layer beyond the model; within the block, a pass without token ids or with a mask that is not
             [B, P + T]. Beam search reorders a cache that the donor cannot see: with a donor, generate greedily or sample.
     """
-    blocks = decoder_blocks(model)
-    for layer in edits:
-        if not 0 <= layer <= len(blocks):
-            raise InputError(f"layer {layer} does not exist: the model has {len(blocks)} layers, use 0..{len(blocks)}")
+    check_layers(model, edits)
     special = tuple(special_ids)
     names = list(inspect.signature(model.base_model.forward).parameters)
     step: Step | None = None
@@ -176,13 +173,26 @@ def finish(
         state: (layer, state [B, T, D] there) of the same pass without edits. A plain Llama on a CPU goes on from it;
             any other model makes its whole pass again.
         step: what the edits are given.
+
+    Raises:
+        InputError: a layer beyond the model.
     """
     layer, x_BTD = state
+    check_layers(model, edits)
+    assert all(at >= layer for at in edits)  # what is known would not hold them
     changes: dict[int, Change] = {at: _bound(edit, step) for at, edit in edits.items()}
     if right_padded(attention_BT) and knows(model):
         return llama_finish(model, x_BTD, layer, changes)
     with _hooked(model, changes), torch.no_grad():
         return model.base_model(input_ids=ids_BT, **forward_arguments(model, attention_BT)).last_hidden_state
+
+
+def check_layers(model: PreTrainedModel, layers: Iterable[int]) -> None:
+    """Raises InputError where the model has no such layer."""
+    n = n_layers(model)
+    for layer in layers:
+        if not 0 <= layer <= n:
+            raise InputError(f"layer {layer} does not exist: the model has {n} layers, use 0..{n}")
 
 
 def check_pair(base: PreTrainedModel, donor: PreTrainedModel, layers: Sequence[int], names: tuple[str, str]) -> None:

@@ -289,7 +289,7 @@ def _words() -> str:
         ("base's own part", "the same class read by the base's own SAE in its own state, and added to it (self-injection)"),
         (
             "the part of another text",
-            "the donor's part where it read another text of the same language; a later position of the same text would tell too much",
+            "the donor's part where it read another text of the same language; a later place in the same text would tell too much",
         ),
         ("gap closed", "change / (donor - base), of log perplexity or of the translation measure"),
         ("added norm", "the mean length of the change of the state, as a share of the state's own length"),

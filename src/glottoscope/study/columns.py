@@ -205,9 +205,7 @@ INTERVENTION: dict[str, Column] = {
     "gap_closed" + INTERVAL: _real(
         "share", "change / (donor - baseline); the interval is null where the gap's sign is not certain."
     ),
-    "added_norm": _real(
-        "share", "Mean ||h' - h|| / ||h|| over patched positions; null for translation and where nothing is added."
-    ),
+    "added_norm": _real("share", "Mean ||h' - h|| / ||h|| over patched positions; null where nothing is added."),
     "change_per_norm": _real(_SCORE, "change / added_norm."),
     "mass": _real(_SHARE, "Share of the donor SAE's activation mass on dev documents that the features hold."),
     "n_features": _int(_FEATURES, "Features added; null where the arm takes none."),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ from rich.table import Table
 
 from glottoscope.errors import InputError
 from glottoscope.intervention import comet as comet_room
-from glottoscope.study.config import InterventionConfig
+from glottoscope.study.config import NAME_PATTERN, InterventionConfig
 from glottoscope.study.engine import Engine, Failure
 from glottoscope.study.load import parse_study
 from glottoscope.study.runner import default_workers, explain, remake_report_locked
@@ -39,7 +40,8 @@ def settings_of(store: RunStore, changes: Mapping[str, Any], overrides: Sequence
     """The study's intervention (or the defaults) with changes.
 
     Args:
-        changes: fields of [intervention]; translation = None leaves it out, {} takes its defaults.
+        changes: fields of [intervention]; translation = None leaves it out, {} takes its defaults. Named features are
+            added to the parts, unless these are given, too.
         overrides: `intervention.tokens=1000` and the like.
 
     Raises:
@@ -56,16 +58,12 @@ def settings_of(store: RunStore, changes: Mapping[str, Any], overrides: Sequence
         else:
             given[name] = value
     raw["intervention"] = given
-    changed = parse_study(tomli_w.dumps(raw), name="intervention", folder=Path.cwd(), overrides=_only_ours(overrides))
-    assert changed.intervention is not None
-    rest = (s.model_dump(exclude={"intervention"}) for s in (study, changed))
-    if next(rest) != next(rest):
-        raise InputError("--set: only fields of [intervention] can be changed here, as in --set intervention.tokens=50000")
-    return changed.intervention
-
-
-def _only_ours(overrides: Sequence[str]) -> list[str]:
-    return [x if x.split("=")[0].strip().startswith("intervention.") else f"intervention.{x}" for x in overrides]
+    if changes.get("features") and "parts" not in changes and "parts" in given:
+        given["parts"] = [*given["parts"], *changes["features"]]  # new parts beside those of the study file
+    ours = [x if x.split("=")[0].strip().startswith("intervention.") else f"intervention.{x}" for x in overrides]
+    changed = parse_study(tomli_w.dumps(raw), name="intervention", folder=Path.cwd(), overrides=ours).intervention
+    assert changed is not None
+    return changed
 
 
 def intervene(
@@ -80,6 +78,10 @@ def intervene(
     store.manifest()
     if name == STUDY_NAME:
         raise InputError(f"--name {name}: that is the name of the study file's own interventions; choose another")
+    if not re.match(NAME_PATTERN, name):
+        raise InputError(f"--name {name!r}: use letters, digits, dots, hyphens and underscores, as in --name second")
+    if comet is not None:
+        _check_comet(config, comet)
     with store.lock():
         for path in store.leftovers():
             store.remove(path)
@@ -104,6 +106,14 @@ def intervene(
                     return outcome.failures
         remake_report_locked(root, console)
     return []
+
+
+def _check_comet(config: InterventionConfig, comet: Comet) -> None:
+    """Raise before anything runs where COMET could not score in the end."""
+    if config.translation is None:
+        raise InputError("--comet scores translations: add --translate")
+    comet_room.checkpoint_file(comet.model)
+    comet_room.versions(comet.environment)
 
 
 def make_comet_environment(folder: Path | None, python: str, extra_index: str | None) -> Path:
@@ -136,7 +146,7 @@ def _of(table: pa.Table, experiment: Experiment) -> pa.Table:
 def _print(rows: pa.Table, experiment: Experiment, text: str, console: Console) -> None:
     shown = Table("part", "alpha", title=f"{experiment.title}, {text}", title_justify="left")
     measures = list(dict.fromkeys(zip(rows["metric"].to_pylist(), rows["language"].to_pylist(), strict=True)))
-    measures = [m for m in measures if (m[0] == "ppl" or text == "translation")]
+    measures = [m for m in measures if m[0] in ("ppl", "chrf", "comet")]
     for metric, language in measures:
         shown.add_column(f"{metric} {language}")
     shown.add_column("rank among it and its draws")
@@ -147,8 +157,8 @@ def _print(rows: pa.Table, experiment: Experiment, text: str, console: Console) 
     for arm, part, alpha in lines:
         mine = {(r["metric"], r["language"]): r for r in found if (r["arm"], r["part"], r["alpha"]) == (arm, part, alpha)}
         cells = [_cell(mine.get(m)) for m in measures]
-        ranked = mine.get(("ppl", "all")) if text != "translation" else None
-        rank = f"{ranked['rank']} of {ranked['n_random'] + 1}" if ranked and ranked["rank"] is not None else ""
+        ranked = [mine[m] for m in ([("ppl", "all")] if text != "translation" else measures) if m in mine]
+        rank = ", ".join(f"{r['rank']} of {r['n_random'] + 1}" for r in ranked if r["rank"] is not None)
         note = next((r["note"] for r in mine.values() if r["note"]), None)
         words = part if arm == "part" else f"{arm} {part or ''}".strip()
         shown.add_row(words, "" if alpha is None else f"{alpha:g}", *cells, rank or note or "")

@@ -14,6 +14,8 @@ from glottoscope.study.stages.context import Context
 from glottoscope.study.stages.intervene.experiments import Experiment, comet_key
 from glottoscope.study.stages.intervene.translating import load_translations, tasks_of
 
+SCHEMA = pa.schema([("direction", pa.string()), ("condition", pa.int64()), ("pair", pa.int64()), ("score", pa.float64())])
+
 
 def score_comet(
     context: Context, experiment: Experiment, model: Path, environment: Path | None, gpus: int, batch_size: int, console: Console
@@ -45,10 +47,7 @@ def score_comet(
             report=lambda done, _total: progress.update(bar, completed=done),
         )  # fmt: skip
     columns = list(zip(*rows, strict=True))
-    table = pa.table({
-        "direction": pa.array(columns[0], pa.string()), "condition": pa.array(columns[1], pa.int64()),
-        "pair": pa.array(columns[2], pa.int64()), "score": pa.array([scores[i] for i in places], pa.float64()),
-    })  # fmt: skip
+    table = pa.table([*columns, [scores[i] for i in places]], schema=SCHEMA)
     context.store.begin(folder, "comet")
     write_table(folder / "comet.parquet", table)
     about = {"model": model.name, "fingerprint": fingerprint, "versions": comet.versions(environment)}

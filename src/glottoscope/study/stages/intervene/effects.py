@@ -76,7 +76,7 @@ class Measure(NamedTuple):
 
 
 def make_effects(root: str, raw: dict[str, Any], report: Callable[..., None]) -> None:
-    """Write rows.parquet of one experiment, and experiment.json, which says what they are of."""
+    """Write intervention.parquet, the rows of one experiment, and experiment.json, which says what they are of."""
     context, experiment = Context.open(root), Experiment.parse(raw)
     folder = experiment.folder(context)
     key = effects_key(context, experiment)
@@ -86,9 +86,9 @@ def make_effects(root: str, raw: dict[str, Any], report: Callable[..., None]) ->
         report(n, n + 1, f"{measure.text} {measure.metric} {measure.language}")
         rows += _rows(context, experiment, measure)
     rows += _empty(context, experiment)
-    write_table(folder / "rows.parquet", pa.Table.from_pylist(rows, schema()))
+    write_table(folder / "intervention.parquet", pa.Table.from_pylist(rows, schema()))
     write_json(folder / "experiment.json", experiment.dump())
-    context.store.mark_done(folder, "effects", key, {}, ["rows.parquet", "experiment.json"])
+    context.store.mark_done(folder, "effects", key, {}, ["intervention.parquet", "experiment.json"])
 
 
 # ---- what was measured
@@ -187,7 +187,7 @@ def _rows(context: Context, experiment: Experiment, measure: Measure) -> list[di
     key = _key(context, experiment)
     rows = []
     for s, condition in enumerate(conditions):
-        norm = norms[measure.conditions[s]] if len(norms) else math.nan
+        norm = float(norms[s])
         change = float(found.change[s])
         strength = condition.arm in ("part", "random", "random_other", "self", "shuffled", "state")
         row = {
@@ -196,7 +196,7 @@ def _rows(context: Context, experiment: Experiment, measure: Measure) -> list[di
             "language": measure.language, "value": float(found.value[s]), "change": change,
             "change_low": float(found.change_low[s]), "change_high": float(found.change_high[s]),
             "gap_closed": float(found.gap_closed[s]), "gap_closed_low": float(found.gap_closed_low[s]),
-            "gap_closed_high": float(found.gap_closed_high[s]), "added_norm": float(norm),
+            "gap_closed_high": float(found.gap_closed_high[s]), "added_norm": norm,
             "change_per_norm": change / norm if norm > 0 else math.nan,
             "mass": plan["mass"].get(condition.features), "n_features": _n_features(sets, condition),
             "n_tokens": None if measure.text == "translation" else int(measure.totals[s, :, 1].sum()),
@@ -213,13 +213,16 @@ def _place(conditions: Sequence[Condition], arm: str) -> int:
 
 
 def _norms(context: Context, experiment: Experiment, measure: Measure) -> NDArray[np.float64]:
-    """Added norm of every condition of the plan on this text; not known while translating."""
+    """Added norm of the measure's conditions [S] on its text; NaN where nothing is added."""
+    folder = experiment.folder(context)
     if measure.text.startswith("dev_"):
-        with np.load(experiment.folder(context) / f"{measure.text}.npz") as dev:
+        with np.load(folder / f"{measure.text}.npz") as dev:
             return dev["added_norm"]
-    if measure.text == "translation":
-        return np.array([])
-    return load_losses(context, experiment, measure.text).added_norm
+    if measure.text != "translation":
+        return load_losses(context, experiment, measure.text).added_norm
+    every = translated_conditions(context, experiment)
+    found = load_statistics(context, experiment, measure.language)["added_norm"]
+    return found[[every.index(i) for i in measure.conditions]]
 
 
 def _n_features(sets: dict[int, dict[str, NDArray[np.bool_]]], condition: Condition) -> int | None:
@@ -268,7 +271,7 @@ def make_table(root: str, report: Callable[..., None]) -> None:
     store = context.store
     store.begin(store.tables_dir, "intervention")
     key = table_key(context)
-    parts = [read_parquet(e.folder(context) / "rows.parquet") for e in all_experiments(context)]
+    parts = [read_parquet(e.folder(context) / "intervention.parquet") for e in all_experiments(context)]
     table = pa.concat_tables(parts) if parts else schema().empty_table()
     write_table(store.table_path("intervention"), table)
     with atomic_path(store.tables_dir / "intervention.csv") as temporary:

@@ -15,7 +15,7 @@ from glottoscope.study.plan import Cell, ModelRun
 from glottoscope.study.stages.context import Context, _hash_tree
 from glottoscope.study.store import digest
 
-VERSIONS = {"prepare": 2, "measure": 1, "translate": 1, "effects": 1}
+VERSIONS = {"prepare": 2, "measure": 1, "translate": 1, "effects": 2}
 STUDY_NAME = "study"  # experiments that the study file asks for; those of the command line have another name
 CHUNK = 64  # conditions measured together: the lower half of the models is read once for them
 TRANSLATED_CHUNK = 16

@@ -10,11 +10,11 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from glottoscope.atomic import atomic_path, write_table
-from glottoscope.corpus.llm_jp_eval import read_translation
+from glottoscope.corpus.llm_jp_eval import read_translation, shots_file
 from glottoscope.corpus.readers import AlignedPair, read_aligned
 from glottoscope.corpus.tokens import encoder, read_aligned_tokens
 from glottoscope.errors import InputError
-from glottoscope.intervention.conditions import Condition, edits_of
+from glottoscope.intervention.conditions import Condition, added_norm, edits_of
 from glottoscope.intervention.generation import greedy
 from glottoscope.intervention.prompts import Prompts, Template, cut_output, fit_prompts, stop_token_ids
 from glottoscope.intervention.scores import Bleu, ChrF, ConceptRecall, ExactMatch, SentenceMetric
@@ -36,6 +36,10 @@ class Task(NamedTuple):
     shots: list[tuple[str, str]]
 
 
+# (source, target) -> (source text, target text, article) of each pair, and examples where the file has some
+Given = dict[tuple[str, str], tuple[list[tuple[str, str, str]], list[tuple[str, str]]]]
+
+
 def tasks_of(context: Context, experiment: Experiment) -> list[Task]:
     """Both directions between the first two languages, with their sentences and examples.
 
@@ -45,17 +49,23 @@ def tasks_of(context: Context, experiment: Experiment) -> list[Task]:
     translation = experiment.config.translation
     assert translation is not None
     a, b = context.study.languages[:2]
-    given: dict[tuple[str, str], tuple[list[tuple[str, str, str]], list[tuple[str, str]]]] = {}
+    given: Given = {}
     for path in translation.files:
         if path.endswith(".json"):
-            found = read_translation(path)
+            found, beside = read_translation(path), shots_file(path)
+            shots = read_translation(beside).pairs if not found.shots and beside is not None else found.shots
             rows = [(s, t, str(i)) for i, (s, t) in enumerate(found.pairs)]  # its samples name no article
-            given[found.direction] = (rows, list(found.shots))
+            more = {found.direction: (rows, shots)}
         else:
-            both = read_aligned(path, languages=(a, b), limit=translation.pairs)
-            _both_ways(given, both, [], (a, b))
+            more = _both_ways(read_aligned(path, languages=(a, b), limit=translation.pairs), (a, b))
+        if twice := [way for way in more if way in given]:
+            raise InputError(
+                f"{path}: there is another file with sentences from {twice[0][0]} to {twice[0][1]} in "
+                "intervention.translation.files: give one for each direction"
+            )
+        given |= more
     if not translation.files:
-        _both_ways(given, _aligned(context, "test"), _aligned(context, "dev"), (a, b))
+        given = _both_ways(_aligned(context, "test"), (a, b))
     tasks = []
     for (source, target), (rows, shots) in given.items():
         if (source, target) not in ((a, b), (b, a)):
@@ -76,12 +86,14 @@ def tasks_of(context: Context, experiment: Experiment) -> list[Task]:
     return tasks
 
 
-def _both_ways(given: Any, pairs: list[AlignedPair], dev: list[AlignedPair], languages: tuple[str, str]) -> None:
+def _both_ways(pairs: list[AlignedPair], languages: tuple[str, str]) -> Given:
     a, b = languages
     if not pairs:
         raise InputError("there are no sentences to translate: give intervention.translation.files or corpus.aligned.test")
-    for source, target, i, j in ((a, b, 0, 1), (b, a, 1, 0)):
-        given[source, target] = ([(p.texts[i], p.texts[j], p.article) for p in pairs], [])
+    return {
+        (source, target): ([(p.texts[i], p.texts[j], p.article) for p in pairs], [])
+        for source, target, i, j in ((a, b, 0, 1), (b, a, 1, 0))
+    }
 
 
 def _spread(pairs: list[AlignedPair], n: int) -> list[AlignedPair]:
@@ -201,23 +213,26 @@ def translate_chunk(root: str, raw: dict[str, Any], direction: str, chunk: int, 
     asked = ask(context, experiment, task, tokenizer, _positions(scene.base))
     decode, planted = _decoder(context, tokenizer, asked.stop), isinstance(context.study.corpus, PlantedCorpus)
     rows: list[tuple[int, int, str]] = []
+    norms: list[float] = []
     chosen = translated_chunks(context, experiment)[chunk]
     for n, i in enumerate(chosen):
         condition = conditions[i]
+        edits = edits_of(condition, scene.readers, sets, config.mode, config.scale)
         found = greedy(
             scene.donor if condition.arm == "donor" else scene.base, asked.prompts.prefix, asked.prompts.rows,
             asked.prompts.length, max_new_tokens=longest(context, config.translation), stop_ids=asked.stop_ids,
             batch=config.translation.batch or (250 if planted else 64),
-            edits=edits_of(condition, scene.readers, sets, config.mode, config.scale),
-            donor=scene.donor, special_ids=context.token_info.special_ids,
+            edits=edits, donor=scene.donor, special_ids=context.token_info.special_ids,
             report=lambda done, total, _words, n=n: report(n + done / total, len(chosen), "conditions"),
         )  # fmt: skip
         rows += [(i, p, decode(ids)) for p, ids in enumerate(found)]
+        norm = added_norm(list(edits.values()))
+        norms.append(np.nan if norm is None else norm)
     context.store.begin(folder, name)
     # Counting n-grams takes a while: done here, where the conditions are spread over the workers.
     statistics = scored(context, experiment, task, [[t for c, _, t in rows if c == i] for i in chosen])
     with atomic_path(folder / f"{name}.npz") as temporary, open(temporary, "wb") as handle:
-        np.savez(handle, **statistics)  # pyright: ignore[reportArgumentType]
+        np.savez(handle, added_norm=np.array(norms), **statistics)  # pyright: ignore[reportArgumentType]
     columns = list(zip(*rows, strict=True))
     table = pa.table({"condition": pa.array(columns[0], pa.int64()), "pair": pa.array(columns[1], pa.int64()), "text": columns[2]})
     write_table(folder / f"{name}.parquet", table)
@@ -284,8 +299,8 @@ def _decoder(context: Context, tokenizer: Any, stop: str) -> Callable[[list[int]
     return lambda ids: cut_output(tokenizer.decode(ids, skip_special_tokens=True), stop)
 
 
-def load_statistics(context: Context, experiment: Experiment, direction: str) -> dict[str, NDArray[np.int64]]:
-    """Metric -> sums per condition and sentence [S, P, C], conditions as `translated_conditions` gives them."""
+def load_statistics(context: Context, experiment: Experiment, direction: str) -> dict[str, NDArray[Any]]:
+    """Metric -> sums per condition and sentence [S, P, C], and added_norm [S], as `translated_conditions` orders them."""
     folder, n = experiment.folder(context), len(translated_chunks(context, experiment))
     parts = [np.load(folder / f"{translated_name(direction, i)}.npz") for i in range(n)]
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0].files}
