@@ -51,9 +51,9 @@ def _query(table: pa.Table, condition: str) -> NDArray[np.bool_]:
     import duckdb
 
     with duckdb.connect(config={"enable_external_access": "false"}) as connection:
-        connection.register("features", table)
+        connection.register("features", table)  # for a condition with a query of its own
         try:
-            rows = connection.execute(f"SELECT feature FROM features WHERE ({condition})").fetchall()
+            rows = connection.table("features").filter(condition).project("feature").fetchall()  # one expression, nothing else
         except duckdb.Error as error:
             first = str(error).strip().splitlines()[0]
             raise InputError(f"features {condition!r} is no condition on the feature table ({first}): see docs/tables.md") from None
