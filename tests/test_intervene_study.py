@@ -704,7 +704,8 @@ def test_comet_scores_count_for_the_translations_they_were_made_of(copy: RunStor
 @pytest.fixture(scope="module")
 def text_interventions(text_run: RunStore, text_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> RunStore:
     translation = {
-        "pairs": 4, "draws": 0, "shots": 1, "max_new_tokens": 4, "shot": "{source} = {target}\n", "query": "{source} =", "stop": "\n",
+        "pairs": 4, "draws": 0, "shots": 1, "max_new_tokens": 4, "shot": "{source} = {target}\n", "query": "{source} =",
+        "stop": "\n",
     }  # fmt: skip
     settings = {**SMALL, "alphas": [0.5], "tokens": 400, "translation": translation}
     return intervened(text_run, tmp_path_factory.mktemp("iv") / "run", settings, raw=text_study(text_folder))

@@ -120,7 +120,7 @@ class Injection:
         changed = torch.where(step.counted_BT[..., None], self._changed(h_BTD, h, norm_BT1, step).to(h_BTD), h_BTD)
         moved_BT1 = torch.linalg.vector_norm(changed.to(h) - h, dim=-1, keepdim=True)
         counted_BT1 = step.counted_BT[..., None] & (norm_BT1 > 0)
-        self.added += float((moved_BT1[counted_BT1] / norm_BT1[counted_BT1]).double().sum())
+        self.added += float((moved_BT1[counted_BT1] / norm_BT1[counted_BT1]).detach().double().sum())
         self.positions += int(step.counted_BT.sum())
         return changed
 

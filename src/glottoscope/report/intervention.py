@@ -252,7 +252,7 @@ def _against_self(s: Setting, effect: Effect, part: str, text: str, target: Targ
 
 
 def _against_shuffled(s: Setting, effect: Effect, part: str, text: str, target: Target) -> _Control:
-    """The same part at permuted positions."""
+    """The donor's part of another text."""
     shuffled = s.at("shuffled", part, text, target)
     does = _compare(effect, shuffled)
     if shuffled is None or does is None:

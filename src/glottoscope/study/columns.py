@@ -215,6 +215,7 @@ INTERVENTION: dict[str, Column] = {
     "n_random": _int("", "Random draws from all alive features."),
     "rank_other": _int("", "rank among the draws from outside the part."),
     "n_random_other": _int("", "How many of these."),
+    "signature": _text("What computed a translation score: sacrebleu's signature, the COMET model; null for nll and ppl."),
     "note": _text("Why a value is null, or what is not as it should be with the draws."),
 }
 

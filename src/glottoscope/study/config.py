@@ -376,6 +376,7 @@ class Translation(Part):
         "Default: the aligned test sentences.",
     )
     shots: NonNegativeInt = Field(default=4, description="Examples in the prompt, from the file or the aligned dev sentences.")
+    intro: str = Field(default="", description="Text before the examples; {instruction} is that of an LLM-jp-eval file.")
     shot: str | None = Field(
         default=None,
         description="An example, with {source}, {target}, {source_name}, {target_name}. "

@@ -16,7 +16,6 @@ from glottoscope.study.config import LANGUAGE_NAMES, PlantedCorpus, TextCorpus
 from glottoscope.study.plan import ModelRun, seed_for
 from glottoscope.study.stages.context import KEY_COLUMNS, Context
 from glottoscope.study.stages.intervene.effects import table_key
-from glottoscope.study.stages.intervene.experiments import STUDY_NAME
 from glottoscope.study.stages.pretraining import lm_facts, lm_log, pretrained_runs
 from glottoscope.study.store import RunStore, digest, read_parquet
 
@@ -97,13 +96,11 @@ def _renamed(table: pa.Table, names: dict[str, str], column: str = "model") -> p
 
 
 def _interventions(store: RunStore, names: dict[str, str]) -> pa.Table | None:
-    """Rows of the study file's interventions, or, where it asks for none, of the first of the command line's."""
+    """Rows of every intervention; the report shows the study file's first."""
     table = store.table_or_none("intervention")
     if table is None or table.num_rows == 0:
         return None
-    have = sorted(set(table["experiment"].to_pylist()), key=lambda name: (name != STUDY_NAME, name))
-    chosen = table.filter(pc.field("experiment") == have[0])
-    return _renamed(_renamed(chosen, names), names, "donor_model")
+    return _renamed(_renamed(table, names), names, "donor_model")
 
 
 def _first_seeds(context: Context) -> list[ModelRun]:

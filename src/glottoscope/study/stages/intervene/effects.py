@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -35,13 +36,13 @@ from glottoscope.study.store import digest, read_parquet
 
 Score = Callable[[NDArray[np.float64]], NDArray[np.float64]]
 STRINGS = ("experiment", "control", "family", "model", "donor_model", "layers", "text", "arm", "part", "mode", "scale", "metric",
-           "language", "note")  # fmt: skip
+           "language", "signature", "note")  # fmt: skip
 COLUMNS = (
     "experiment", "control", "family", "model", "d_model", "n_params", "lm_seed", "sae_seed", "layer", "layers", "base_step",
     "donor_model", "donor_step", "base_tokens", "donor_tokens", "text", "arm", "part", "draw", "mode", "scale", "alpha",
     "chosen", "metric", "language", "value", "change", "change_low", "change_high", "gap_closed", "gap_closed_low",
     "gap_closed_high", "added_norm", "change_per_norm", "mass", "n_features", "n_tokens", "n_units", "rank", "n_random",
-    "rank_other", "n_random_other", "note",
+    "rank_other", "n_random_other", "signature", "note",
 )  # fmt: skip
 FLOATS = {
     "alpha", "value", "change", "change_low", "change_high", "gap_closed", "gap_closed_low", "gap_closed_high", "added_norm",
@@ -73,6 +74,7 @@ class Measure(NamedTuple):
     conditions: list[int]  # numbers in the plan (dev: in its own list)
     totals: NDArray[np.float64]  # [S, U, C]
     group: NDArray[np.int64]  # [U]
+    signature: str | None = None  # what computed it
 
 
 def make_effects(root: str, raw: dict[str, Any], report: Callable[..., None]) -> None:
@@ -129,12 +131,15 @@ def _translations(context: Context, experiment: Experiment, task: Task) -> Itera
     conditions, found = translated_conditions(context, experiment), load_statistics(context, experiment, direction)
     for metric in metrics_of(context, experiment, task):
         totals = found[metric.name].astype(np.float64)
-        yield Measure("translation", metric.name, direction, metric.better, metric.score, conditions, totals, task.article)
+        yield Measure("translation", metric.name, direction, metric.better, metric.score, conditions, totals, task.article,
+                      metric.signature)  # fmt: skip
     if present_comet_key(context, experiment) is not None:
         scores = comet_scores(experiment.folder(context) / "comet.parquet", direction, len(task.pairs))
         chosen = sorted(scores)
         totals = np.stack([np.stack([scores[c], np.ones(len(task.pairs))], axis=-1) for c in chosen])
-        yield Measure("translation", "comet", direction, "higher", ratio, chosen, totals, task.article)
+        about = json.loads((experiment.folder(context) / "comet.json").read_text(encoding="utf-8"))
+        signature = f"COMET|{about['model']}|{about['fingerprint']}"
+        yield Measure("translation", "comet", direction, "higher", ratio, chosen, totals, task.article, signature)
 
 
 def comet_scores(path: Path, direction: str, n_pairs: int) -> dict[int, NDArray[np.float64]]:
@@ -200,7 +205,8 @@ def _rows(context: Context, experiment: Experiment, measure: Measure) -> list[di
             "change_per_norm": change / norm if norm > 0 else math.nan,
             "mass": plan["mass"].get(condition.features), "n_features": _n_features(sets, condition),
             "n_tokens": None if measure.text == "translation" else int(measure.totals[s, :, 1].sum()),
-            "n_units": len(np.unique(measure.group)), "note": plan["notes"].get(condition.part) if condition.part else None,
+            "n_units": len(np.unique(measure.group)), "signature": measure.signature,
+            "note": plan["notes"].get(condition.part) if condition.part else None,
         }  # fmt: skip
         if condition.arm == "part" and condition.chosen:
             row |= _ranks(conditions, found.value, s, measure.better, plan["notes"])

@@ -76,6 +76,12 @@ def experiments(context: Context, config: InterventionConfig, name: str = STUDY_
     result = []
     seed = min(context.study.sae.seeds)
     _check_parts(context, config)
+    if len({layer for e in result for layer in e.layers}) > 1:
+        for part, wanted in config.features.items():
+            if not isinstance(wanted, str):
+                raise InputError(
+                    f"features.{part}: ids are those of one SAE and there are several layers: give a condition in SQL, or one layer"
+                )
     if not texts(context, config):
         raise InputError("intervention.texts: sentences need corpus.aligned.test: give it, or take documents")
     if config.translation is not None:

@@ -34,6 +34,7 @@ class Task(NamedTuple):
     pairs: list[tuple[str, str]]
     article: NDArray[np.int64]  # what a bootstrap resamples
     shots: list[tuple[str, str]]
+    instruction: str | None  # of a file that has one
 
 
 # (source, target) -> (source text, target text, article) of each pair, and examples where the file has some
@@ -50,11 +51,13 @@ def tasks_of(context: Context, experiment: Experiment) -> list[Task]:
     assert translation is not None
     a, b = context.study.languages[:2]
     given: Given = {}
+    instructions: dict[tuple[str, str], str | None] = {}
     for path in translation.files:
         if path.endswith(".json"):
             found, beside = read_translation(path), shots_file(path)
             shots = read_translation(beside).pairs if not found.shots and beside is not None else found.shots
             rows = [(s, t, str(i)) for i, (s, t) in enumerate(found.pairs)]  # its samples name no article
+            instructions[found.direction] = found.instruction
             more = {found.direction: (rows, shots)}
         else:
             more = _both_ways(read_aligned(path, languages=(a, b), limit=translation.pairs), (a, b))
@@ -82,7 +85,8 @@ def tasks_of(context: Context, experiment: Experiment) -> list[Task]:
             )
         rows = rows[: translation.pairs]
         _, article = np.unique([r[2] for r in rows], return_inverse=True)
-        tasks.append(Task(source, target, [(s, t) for s, t, _ in rows], article.astype(np.int64), shots[: translation.shots]))
+        pairs, instruction = [(s, t) for s, t, _ in rows], instructions.get((source, target))
+        tasks.append(Task(source, target, pairs, article.astype(np.int64), shots[: translation.shots], instruction))
     return tasks
 
 
@@ -123,7 +127,7 @@ def template_of(context: Context, experiment: Experiment) -> Template:
         shot, query, stop = "{source} <sep> {target} <sep> ", "{source} <sep>", " <sep>"
     else:
         shot, query, stop = "{source_name}: {source}\n{target_name}: {target}\n\n", "{source_name}: {source}\n{target_name}:", "\n"
-    return Template(translation.shot or shot, translation.query or query, translation.stop or stop)
+    return Template(translation.shot or shot, translation.query or query, translation.stop or stop, translation.intro)
 
 
 class Asked(NamedTuple):
@@ -147,7 +151,7 @@ def ask(context: Context, experiment: Experiment, task: Task, tokenizer: Any, ma
     prompts = fit_prompts(
         encoder(tokenizer), template, task.shots, [s for s, _ in task.pairs],
         source_name=LANGUAGE_NAMES.get(task.source, task.source), target_name=LANGUAGE_NAMES.get(task.target, task.target),
-        bos_id=bos, max_length=max_length, new_tokens=longest(context, translation),
+        instruction=task.instruction, bos_id=bos, max_length=max_length, new_tokens=longest(context, translation),
     )  # fmt: skip
     pieces = context.vocabulary.piece
     ends = stop_token_ids(pieces, template.stop) | stop_token_ids(pieces, template.stop.strip() or template.stop)
