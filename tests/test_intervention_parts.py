@@ -323,6 +323,22 @@ def test_states_of_zeros_stay_finite() -> None:
             assert np.isfinite(edit.added)
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_pass_with_gradients() -> None:
+    """A notebook seldom says no_grad: the same logits, a gradient through them, and no warning."""
+    base, donor, (ids, mask) = model_of("llama"), model_of("llama", 1), texts("right")
+    found = []
+    for gradients in (False, True):
+        edit = Injection(Reader(sae_of()), 2, "part", WEIGHT, 0.7, "replace", own=Reader(sae_of()))
+        with patched(base, {2: edit}, special_ids=SPECIAL, donor=Donor(donor, [2])), torch.set_grad_enabled(gradients):
+            logits = base(input_ids=ids, attention_mask=mask).logits
+        found.append((logits, edit.added))
+        assert logits.requires_grad == gradients
+    assert torch.equal(found[0][0], found[1][0]) and found[0][1] == found[1][1] > 0
+    weight = base.get_input_embeddings().weight
+    assert torch.autograd.grad(found[1][0].sum(), weight)[0].abs().sum() > 0  # type: ignore[arg-type]
+
+
 # Readers and conditions
 
 
@@ -344,6 +360,11 @@ def test_a_reader_remembers_one_tensor_and_never_takes_another_for_it() -> None:
     reader.codes(y)
     y.mul_(-1)
     assert torch.equal(reader.codes(y).indices_BTK, Reader(sae).codes(y).indices_BTK)
+    with torch.inference_mode():  # where tensors do not count what was written to them
+        z = states_of(4)
+        reader.codes(z)
+        z.mul_(-1)
+        assert torch.equal(reader.codes(z).indices_BTK, Reader(sae).codes(z).indices_BTK)
 
 
 def test_an_sae_of_another_width_says_so() -> None:
