@@ -115,7 +115,9 @@ def patched(
 
     Raises:
         InputError: a layer beyond the model; within the block, a pass without token ids or with a mask that is not
-            [B, P + T]. Beam search reorders a cache that the donor cannot see: with a donor, generate greedily or sample.
+            [B, P + T].
+
+    With a donor, generate greedily or sample. Beam search reorders a cache that the donor cannot see, which is not noticed.
     """
     check_layers(model, edits)
     special = tuple(special_ids)
