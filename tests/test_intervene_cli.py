@@ -45,8 +45,8 @@ MODELS = {
     ],
 }
 NAMED = [
-    "--base", "0", "--donor", "20", "--model", "m", "--layer", "1", "--alpha", "0", "--alpha", "1", "--draws", "2", "--part", "mixed",
-    "--part", "all", "--features", "few=1, 2", "--features", "none=density > 2", "--translate", "--pairs", "3",
+    "--base", "0", "--donor", "20", "--model", "m", "--layer", "1", "--alpha", "0", "--alpha", "1", "--draws", "2",
+    "--part", "mixed", "--part", "all", "--features", "few=1, 2", "--features", "none=density > 2", "--translate", "--pairs", "3",
     "--set", "tokens=300", "--set", "intervention.bootstrap=20", "--set", "translation.max_new_tokens=4",
     "--set", "translation.shots=1", "--set", "translation.draws=1", "--name", "mine", "--workers", "1",
 ]  # fmt: skip
@@ -239,7 +239,6 @@ def test_the_settings_of_the_study_are_the_defaults(
         (["--set", "draw=3"], "unknown field intervention.draw: did you mean 'draws'?"),
         (["--name", "study"], "--name study: that is the name of the study file's own interventions"),
         (["--name", "../mine"], "--name '../mine': use letters, digits"),
-        (["--alpha", "1e38"], "the loss is not finite; take a smaller alpha"),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else "",
 )
@@ -270,7 +269,7 @@ FILES: dict[str, tuple[str, str]] = {
     "type.jsonl": ('{"id": "a.0", "en": "a dog", "ja": 3}\n', "field 'ja' holds a int, not text"),
     "json.jsonl": ('{"id": "a.0", "en": \n', "line 1"),
     "empty.jsonl": ('{"id": "a.0", "en": "", "ja": ""}\n', "holds no pair with text in all of en, ja"),
-    "columns.tsv": ("id\ten\nb\tc\n", "columns.tsv"),
+    "columns.tsv": ("id\ten\tde\nb\tc\td\n", "line 1: no header with the columns en, ja (found: id, en, de)"),
     "alt-e-to-j.json": ('{"instruction": "Translate."}', "no field 'samples' (fields present: instruction)"),
     "alt-j-to-e.json": ('{"samples": []}', "holds no sample with text on both sides"),
     "alt.json": ('{"samples": [{"input": "a", "output": "b"}]}', "the name does not end in e-to-j or j-to-e"),
@@ -282,13 +281,9 @@ def test_bad_files_to_translate_are_one_line(several: RunStore, tmp_path: Path, 
     text, words = FILES[name]
     path = tmp_path / name
     path.write_text(text, encoding="utf-8")
-    said = refused(
-        command("intervene", several.root, "--model", "m", "--base", "0", "--workers", "1", "--translate", "--draws", "0",
-                "--part", "all", "--set", f'translation.files=["{path}"]', "--set", "tokens=300")
-    )  # fmt: skip
+    said = start(several, "--translate", "--set", f'translation.files=["{path}"]')
     assert words in said
     assert str(path) in said
-    assert not several.table_path("intervention").exists()
 
 
 def test_a_file_to_translate_that_is_not_there(several: RunStore, tmp_path: Path) -> None:
@@ -310,9 +305,8 @@ def test_what_needs_aligned_sentences(unaligned: RunStore, arguments: list[str],
 
 def test_examples_need_sentences(unaligned: RunStore, text_folder: Path) -> None:
     path = write_jsonl(text_folder / "few.jsonl", [{"id": "a.0", "en": "the river .", "ja": "川。"}])
-    ended = command("intervene", unaligned.root, "--base", "0", "--layer", "1", "--draws", "0", "--part", "all", "--translate",
-                    "--workers", "1", "--set", f'translation.files=["{path}"]', "--set", "tokens=100")  # fmt: skip
-    assert "translation needs 4 examples and has 0: give corpus.aligned.dev" in refused(ended)
+    said = start(unaligned, "--translate", "--set", f'translation.files=["{path}"]')
+    assert "translation needs 4 examples and has 0: give corpus.aligned.dev" in said
 
 
 # ---- the run directory

@@ -24,6 +24,7 @@ from glottoscope.study.stages.context import Context
 from glottoscope.study.stages.intervene import units
 from glottoscope.study.stages.intervene.comet_scoring import score_comet
 from glottoscope.study.stages.intervene.experiments import STUDY_NAME, Experiment, experiments
+from glottoscope.study.stages.intervene.translating import tasks_of
 from glottoscope.study.store import RunStore
 
 
@@ -88,6 +89,8 @@ def intervene(
         context = Context.open(root)
         store.table("features")  # says what to do where the study is not complete
         wanted = experiments(context, config, name)
+        if config.translation is not None:
+            tasks_of(context, wanted[0])  # what is wrong with the sentences is said now
         count = workers or default_workers(context.study)
         on_cpu = context.device().type == "cpu"
         with Engine(count, context.study.compute.threads, store.log_path, console, fast_matmul=on_cpu) as engine:

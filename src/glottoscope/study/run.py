@@ -172,7 +172,7 @@ class Run:
     def _cell(self, model: str, step: int) -> Cell:
         found = {(c.model.name, c.checkpoint.step): c for c in self._context.cells}
         if (model, step) not in found:
-            raise InputError(f"no model {model!r} of step {step}; there are: {', '.join(c.name for c in found.values())}")
+            raise InputError(f"no model {model!r} of step {step}; there are: {', '.join(found[k].name for k in sorted(found))}")
         return found[model, step]
 
 
