@@ -51,7 +51,7 @@ PLANTED: dict[str, Any] = {
 INTERVENTION: dict[str, Any] = {
     "bases": [0], "layers": [1], "draws": 4, "alphas": [0.0, 0.5, 1.0], "tokens": 1500, "bootstrap": 50,
     "features": {"few": [1, 2, 3], "dense": "density > 0.1", "nothing": "density > 2"},
-    "translation": {"pairs": 12, "draws": 2, "shots": 2},
+    "translation": {"pairs": 10, "draws": 2, "shots": 2, "max_new_tokens": 8},
 }  # fmt: skip
 BRIEF: dict[str, Any] = {
     "bases": [0], "layers": [1], "draws": 0, "alphas": [1.0], "tokens": 300, "bootstrap": 20, "parts": ["mixed", "all"],

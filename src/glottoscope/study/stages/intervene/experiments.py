@@ -17,7 +17,7 @@ from glottoscope.study.store import digest
 
 VERSIONS = {"prepare": 2, "measure": 1, "translate": 1, "effects": 2}
 STUDY_NAME = "study"  # experiments that the study file asks for; those of the command line have another name
-CHUNK = 64  # conditions measured together: the lower half of the models is read once for them
+CHUNK = 96  # conditions measured together: the lower half of the models is read once for them
 TRANSLATED_CHUNK = 16
 # What changes the conditions or how text is cut, as opposed to where and how often.
 _PLAN_FIELDS = {"parts", "features", "mode", "scale", "alphas", "draws", "tokens", "window", "stride"}
