@@ -56,7 +56,7 @@ def _main(
 @app.command(epilog="Example: `glottoscope demo --full --out runs/full --seed 1`")
 def demo(
     full: Annotated[
-        bool, typer.Option("--full", help="Three sizes, five layers, nine checkpoints (8 minutes on 2 cores).")
+        bool, typer.Option("--full", help="Three sizes, five layers, nine checkpoints (12 minutes on 2 cores).")
     ] = False,
     out: Annotated[Path | None, typer.Option(help="Run directory. Default: runs/NAME.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the study, its text and its models.")] = 0,

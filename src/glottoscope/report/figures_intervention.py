@@ -158,7 +158,9 @@ def _panel(view: View, s: Setting, text: str, target: Target, parts: Sequence[st
     title = view.language_name(target.language, arrow="→")
     if target.metric not in LOWER_IS_BETTER:
         codes = target.language.split("-")
-        title = f"{METRIC_NAMES[target.metric]}, {'→'.join(codes)}"
+        # The axis below bears the metric's whole name; the panels are too narrow for it.
+        short = METRIC_NAMES[target.metric].removeprefix("concept ")
+        title = f"{short}, {'→'.join(codes)}"
     ax.set_title(drawable(title), fontsize=8.5, pad=13)
     donor = s.at("donor", None, text, target)
     if donor is not None and math.isfinite(donor.change):
