@@ -26,7 +26,7 @@ from glottoscope.study.runner import RunResult, run_study
 from glottoscope.study.store import RunStore
 
 SOURCE = Path(__file__).parents[1] / "src"
-STAGES = ("pretrain", "tokens", "train", "features", "score", "report")
+STAGES = ("pretrain", "tokens", "train", "features", "score", "intervene", "report")
 
 PLANTED: dict[str, Any] = {
     "layers": [0, 1],
