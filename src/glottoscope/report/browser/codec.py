@@ -1,0 +1,64 @@
+"""Bytes of the site: compact JSON without NaN, numbers rounded, gzip without a date."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+SCHEMA = 1
+LEVEL = 6  # 9 takes two to four times as long and saves one byte in a hundred
+_SURROGATES = re.compile("[\ud800-\udfff]")
+
+
+def dump(value: Any) -> bytes:
+    """Compact UTF-8 JSON. Lone surrogates become U+FFFD; NaN is an error of ours."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        return _SURROGATES.sub("\ufffd", text).encode()
+
+
+def pack(data: bytes) -> bytes:
+    """gzip; equal data give equal bytes."""
+    return gzip.compress(data, LEVEL, mtime=0)
+
+
+def unpack(data: bytes) -> bytes:
+    return gzip.decompress(data)
+
+
+def rounded(values: NDArray[Any], decimals: int | None) -> list[Any]:
+    """Numbers for JSON: to `decimals`, or to four significant digits; NaN and infinities are null.
+
+    Args:
+        values: float or int, 1-d. Integers stay as they are.
+    """
+    if values.dtype.kind in "iub":
+        return values.astype(np.int64).tolist()
+    values = values.astype(np.float64)
+    finite = np.isfinite(values)
+    safe = np.where(finite, values, 0.0)
+    if decimals is not None:
+        shown = np.round(safe, decimals)
+    else:
+        exponent = np.floor(np.log10(np.where(safe == 0, 1.0, np.abs(safe))))
+        # Powers of ten up to 1e22 are exact, so the quotient is the double nearest to the decimal and prints short.
+        up, down = 10.0 ** np.clip(3 - exponent, 0, 22), 10.0 ** np.clip(exponent - 3, 0, 22)
+        shown = np.rint(safe * up / down) * down / up
+    shown = shown + 0.0  # -0.0 would print its sign
+    return [_short(x) if ok else None for x, ok in zip(shown.tolist(), finite.tolist(), strict=True)]
+
+
+def _short(x: float) -> int | float:
+    return int(x) if x.is_integer() else x
+
+
+def rounded_one(value: Any, decimals: int | None) -> Any:
+    """One number as `rounded` gives it; None stays None."""
+    return None if value is None else rounded(np.array([value]), decimals)[0]

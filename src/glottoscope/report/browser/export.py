@@ -1,0 +1,123 @@
+"""A site as files in a folder: any web server shows it as `glottoscope browse` does."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from glottoscope.atomic import atomic_path
+from glottoscope.errors import InputError
+from glottoscope.report.browser.codec import dump
+from glottoscope.report.browser.site import Site
+
+MARKER = "data/site.json"
+FILES = "data/files.json"
+Progress = Callable[[int, int, str], None]  # files done, files in all, what is at work
+
+
+class Exported(NamedTuple):
+    """What an export did."""
+
+    files: int
+    bytes: int
+    written: int  # files that were not there with the same content
+    removed: int
+    left: int  # files of an earlier export that are no longer part of the site, and were left
+
+
+def export_site(site: Site, folder: Path, progress: Progress, *, force: bool = False) -> Exported:
+    """Write every file of a site. A file appears whole or not at all; one that is there with the same bytes is left alone.
+
+    Interrupted, it leaves a folder that the next call completes.
+
+    Args:
+        force: remove the files of an earlier export that are no longer part of the site, and take over the export of
+            another study.
+
+    Raises:
+        InputError: the folder holds something else, or cannot be written; a file of the run is damaged.
+    """
+    earlier = _earlier(site, folder, force)
+    addresses = list(site.addresses())
+    known = {*addresses, FILES, ".nojekyll"}
+    size = written = 0
+    try:
+        # The marker and the names of all files come first, so that an interrupted export is known for one.
+        names = dump({"schema": 1, "files": sorted(known | earlier)})
+        written += _write(folder / FILES, names)
+        written += _write(folder / MARKER, site.read(MARKER))
+        # Without it GitHub Pages would leave some files out.
+        written += _write(folder / ".nojekyll", b"")
+        prepared = ""
+        for n, address in enumerate(addresses):
+            name = address.removeprefix("data/cells/").partition("/features/")[0]
+            progress(n, len(addresses), name)
+            if "/features/" in address and name != prepared:
+                site.prepare(site.setup(name))
+                prepared = name
+            data = site.read(address)
+            size += len(data)
+            written += _write(folder / address, data)
+        gone = sorted(earlier - known)
+        if force:
+            for address in gone:
+                _remove(folder, address)
+        _write(folder / FILES, dump({"schema": 1, "files": sorted(known if force else known | earlier)}))
+    except OSError as error:
+        raise InputError(f"{folder} cannot be written ({error.strerror}): choose another folder") from None
+    progress(len(addresses), len(addresses), "done")
+    return Exported(len(addresses) + 2, size + len(names), written, len(gone) if force else 0, 0 if force else len(gone))
+
+
+def _earlier(site: Site, folder: Path, force: bool) -> set[str]:
+    """Files of an earlier export in the folder; none where it is new or empty.
+
+    Raises:
+        InputError: it is a file, holds something else, or is the export of another study.
+    """
+    if not folder.exists():
+        return set()
+    if not folder.is_dir():
+        raise InputError(f"{folder} is a file, not a folder: choose another one")
+    if not any(folder.iterdir()):
+        return set()
+    marker, names = _json(folder / MARKER), _json(folder / FILES)
+    if (marker is None and names is None) or (marker is not None and "glottoscope" not in marker):
+        raise InputError(f"{folder} is not empty and no earlier export: choose another folder")
+    study = (marker or {}).get("study", site.source.study)
+    if study != site.source.study and not force:
+        raise InputError(f"{folder} holds the site of the study {study!r}: choose another folder, or --force to replace it")
+    files = (names or {}).get("files", ())
+    return {str(x) for x in files if isinstance(x, str)} if isinstance(files, list) else set()
+
+
+def _json(path: Path) -> dict[str, object] | None:
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _write(path: Path, data: bytes) -> int:
+    """1 where the file had to be written."""
+    if path.is_file() and path.stat().st_size == len(data) and path.read_bytes() == data:
+        return 0
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(data)
+    return 1
+
+
+def _remove(folder: Path, address: str) -> None:
+    """Remove a file of an earlier export, and the folders that it leaves empty."""
+    path = folder / address
+    # The list of files is data that anyone may have changed: nothing outside of the folder is touched.
+    if folder.resolve() not in path.resolve().parents or not path.is_file():
+        return
+    path.unlink()
+    for parent in path.parents:
+        if parent == folder or any(parent.iterdir()):
+            break
+        parent.rmdir()
