@@ -6,6 +6,7 @@ from collections import Counter, defaultdict
 from dataclasses import fields
 from itertools import pairwise
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -13,9 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from glottoscope.errors import InputError
+from glottoscope.features import collect as collect_module
 from glottoscope.features.collect import (
+    BINS,
     Collected,
     FeatureCollector,
+    activation_edges,
+    activation_histogram,
     first_examples,
     restrict,
     strict_bound,
@@ -98,6 +103,57 @@ def test_any_chunking_and_merge_equals_brute_force(
     assert whole.n_positions_total == m == whole.exposure.sum()
     np.testing.assert_array_equal(whole.exposure, np.bincount(stream["language"], minlength=G))
     np.testing.assert_array_equal(whole.n_positions, np.bincount(whole.feature, minlength=N))
+
+
+def test_edges_are_half_octaves() -> None:
+    edges = activation_edges()
+    assert edges.shape == (BINS + 1,)
+    assert edges[:4].tolist() == [2.0**-12, 1.5 * 2.0**-12, 2.0**-11, 1.5 * 2.0**-11]
+    assert edges[-2:].tolist() == [48.0, 64.0]
+
+
+def around_an_edge() -> st.SearchStrategy[float]:
+    """Float32 at, just below and just above the edges of bins."""
+    steps = st.sampled_from([-np.inf, 0.0, np.inf])
+    edges = st.sampled_from(activation_edges().tolist())
+    return st.builds(lambda e, to: float(np.nextafter(np.float32(e), np.float32(to)) if to else e), edges, steps)
+
+
+VALUES = st.one_of(
+    around_an_edge(), st.floats(0, 100, width=32), st.sampled_from([0.0, -0.0, -1.0, 1e-45, 3e38, np.inf, np.nan, -np.nan])
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data(), m=st.integers(0, 12), cut=st.integers(0, 12), seed=st.integers(0, 2**32), narrow=st.sampled_from([4, 2**31]))
+def test_activations_are_counted_as_brute_force_counts_them(data: st.DataObject, m: int, cut: int, seed: int, narrow: int) -> None:
+    stream = random_stream(seed, m, coarse=False)
+    stream["values"] = np.array(data.draw(st.lists(VALUES, min_size=m * K, max_size=m * K)), np.float32).reshape(m, K)
+    expected, edges = Counter(), activation_edges()
+    for values, features, language in zip(stream["values"], stream["indices"], stream["language"], strict=True):
+        for value, feature in zip(values, features, strict=True):
+            if value > 0:
+                place = sum(float(value) >= e for e in edges) - 1
+                expected[int(feature), int(language), min(max(place, 0), BINS - 1)] += 1
+    with mock.patch.object(collect_module, "_NARROW", narrow):  # beyond it the counts are wider
+        whole, parts = collect(stream, []), collect(stream, [cut], collectors=2)
+    assert_same(whole, parts)
+    found = activation_histogram(whole)
+    keys = list(zip(found.feature, found.language, found.bin, strict=True))
+    assert keys == sorted(keys)
+    assert dict(zip(keys, found.count, strict=True)) == expected
+    assert whole.activation_counts.shape == (N, G, BINS)
+    np.testing.assert_array_equal(whole.n_active, whole.activation_counts.sum((1, 2)))
+
+
+def test_counts_go_beyond_int32() -> None:
+    row = {"values": [[1.0]], "indices": [[2]], "position_ids": [0], "tokens": [0], "language": [1]}
+    collector = FeatureCollector(N, G, V)
+    collector.update(**{name: np.array(value) for name, value in row.items()})
+    # As if all that int32 holds had been seen.
+    collector._counts_BGN[collector._counts_BGN > 0] = collector.n_positions_total = 2**31 - 1
+    collector.update(**{name: np.array(value) for name, value in row.items()})
+    assert collector.finish().n_active.tolist() == [0, 0, 2**31, 0, 0, 0, 0]
 
 
 @settings(max_examples=200, deadline=None)
@@ -192,7 +248,7 @@ def test_examples_equal_brute_force(seed: int, m: int, n: int) -> None:
 def test_nothing_collected() -> None:
     collected = FeatureCollector(N, G, V).finish()
     assert not collected.alive.any() and len(token_histogram(collected).count) == 0
-    assert len(tokens_of(token_histogram(collected)).count) == 0
+    assert len(tokens_of(token_histogram(collected)).count) == len(activation_histogram(collected).count) == 0
     assert len(top_examples(collected, 3, BLOCK).rank) == len(first_examples(collected, 3, BLOCK).rank) == 0
 
 

@@ -20,6 +20,7 @@ import numpy.typing as npt
 from scipy import sparse
 
 from glottoscope.features.collect import run_starts
+from glottoscope.features.pairs import FiringPositions, firing_positions
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
@@ -85,13 +86,15 @@ def sentence_firings(
         counted: [M] True at positions that may count: no padding, no BOS, no neutral token.
         n_sentences: P.
     """
-    values_MK, indices_MK = np.asarray(values), np.asarray(indices)
-    threshold_N = np.asarray(threshold, dtype=np.float64)
-    fires_MK = (values_MK > threshold_N.take(indices_MK)) & (values_MK > 0) & np.asarray(counted, dtype=bool)[:, None]
-    fires = np.flatnonzero(fires_MK)
-    position = fires // values_MK.shape[1]
-    keys = indices_MK.reshape(-1)[fires].astype(np.int64) * n_sentences + np.asarray(sentence, dtype=np.int64)[position]
-    return _from_keys(keys, len(threshold_N), n_sentences)
+    # Which position of the sentence it is makes no difference here.
+    found = firing_positions(values, indices, sentence, sentence, threshold, counted)
+    return firing_sentences(found, len(np.asarray(threshold)), n_sentences)
+
+
+def firing_sentences(positions: FiringPositions, n_features: int, n_sentences: int) -> SentenceFirings:
+    """The (feature, sentence) pairs among firing positions."""
+    keys = positions.feature.astype(np.int64) * n_sentences + positions.sentence
+    return _from_keys(keys, n_features, n_sentences)
 
 
 def _from_keys(keys: IntArray, n_features: int, n_sentences: int) -> SentenceFirings:

@@ -5,7 +5,9 @@ The counted positions of a feature are those above `threshold` x its maximum ove
 `threshold` x the running maximum is out for good, so dropping it early changes nothing. What `finish` returns is the
 same for every chunking, every order of chunks and every split over collectors that are merged afterwards.
 
-Shapes: M rows of a chunk, K top-k, N features, V vocabulary, G languages, E entries kept.
+All active positions, strong or weak, are counted besides by feature, language and half octave of the activation.
+
+Shapes: M rows of a chunk, K top-k, N features, V vocabulary, G languages, E entries kept, BINS half octaves.
 """
 
 from __future__ import annotations
@@ -21,6 +23,23 @@ from glottoscope.errors import InputError
 Array = NDArray[Any]
 
 BUFFER_ENTRIES = 4_000_000  # 84 MB: large enough that pruning is rare, small beside one layer's SAE
+
+# Half octaves of the absolute activation, from 2^-12 to 2^6: inputs have norm 1, what is active lies far inside.
+LOWEST, HIGHEST = -12, 6
+BINS = 2 * (HIGHEST - LOWEST)
+# The upper bits of a positive float32, down to the first one of its mantissa, count half octaves; 127 is the exponent's bias.
+_HALF_OCTAVE = 22
+_FIRST = 2 * (LOWEST + 127)
+_NARROW = 2**31 - 1  # positions up to which int32 holds every count, in half the memory and with faster access
+
+
+def activation_edges() -> Array:
+    """float64 [BINS + 1]: 2^e and 1.5 x 2^e in turn. Bin b holds edge_b <= activation < edge_b+1.
+
+    The first bin also takes all that is weaker, the last one all that is stronger.
+    """
+    octave, half = np.divmod(np.arange(BINS + 1), 2)
+    return 2.0 ** (octave + LOWEST) * (1 + half / 2)
 
 
 class Entries(NamedTuple):
@@ -51,6 +70,7 @@ class Collected:
         max_activation [N]: float32, after TopK, 0 where dead.
         encoder_max [N]: float32, maximum before TopK where `update_max` supplied it (v1's m_i), else max_activation.
         token_counts [V, G]: int64, counted positions by token and document language; its column sums are `exposure`.
+        activation_counts [N, G, BINS]: int64, active positions by document language and bin of `activation_edges`.
         feature, position, token, language, value [E]: the entries, sorted by feature, then position.
     """
 
@@ -61,6 +81,7 @@ class Collected:
     max_activation: Array
     encoder_max: Array
     token_counts: Array
+    activation_counts: Array
     feature: Array
     position: Array
     token: Array
@@ -99,7 +120,7 @@ class FeatureCollector:
     """Collects sparse activations chunk by chunk.
 
     Memory: 21 bytes an entry, for the entries above threshold x running maximum (at most K a position) plus a buffer
-    of at least `buffer_entries`; nothing of size tokens x features.
+    of at least `buffer_entries`, and N x G x BINS counts of 4 bytes; nothing of size tokens x features.
 
     Args:
         n_features, n_languages, vocab_size: N, G, V.
@@ -124,9 +145,10 @@ class FeatureCollector:
         self.threshold = threshold
         self.max_activation = np.zeros(n_features, np.float32)
         self.encoder_max = np.zeros(n_features, np.float32)
-        self.n_active = np.zeros(n_features, np.int64)
         self.token_counts = np.zeros((vocab_size, n_languages), np.int64)
         self.n_positions_total = 0
+        # Bins first: activations crowd in a few of them, which then lie side by side and stay in the cache.
+        self._counts_BGN = np.zeros((BINS, n_languages, n_features), np.int32)
         self._bound = np.zeros(n_features, np.float32)
         self._chunks: list[Entries] = []
         self._n_entries = 0
@@ -144,32 +166,52 @@ class FeatureCollector:
         k = values.shape[1]
         value = np.ascontiguousarray(values, dtype=np.float32).reshape(-1)
         feature = np.ascontiguousarray(indices).reshape(-1)
-        self.n_positions_total += len(values)
-        self.n_active += np.bincount(feature, minlength=len(self._bound))
-        inactive = np.flatnonzero(~(value > 0))
-        if len(inactive):
-            self.n_active -= np.bincount(feature[inactive], minlength=len(self._bound))
+        self._see(len(values))
+        self._count(value, feature, np.asarray(language), k)
         token_language = np.asarray(tokens, np.int64) * self.token_counts.shape[1] + language
         np.add.at(self.token_counts.reshape(-1), token_language, 1)
 
         # A value that raises the maximum is above the bound too, so one gather serves both.
         rows = np.flatnonzero(value > self._bound.take(feature))
-        kept_value, kept_feature = value[rows], feature[rows]
-        rising = kept_value > self.max_activation.take(kept_feature)
-        np.maximum.at(self.max_activation, kept_feature[rising], kept_value[rising])
-        risen = kept_feature[rising]
-        self._bound[risen] = strict_bound(self.max_activation[risen], self.threshold)
-        rows = rows[kept_value > self._bound.take(kept_feature)]
+        kept_value, kept_feature = value.take(rows), feature.take(rows)
+        rising = np.flatnonzero(kept_value > self.max_activation.take(kept_feature))
+        if len(rising):
+            risen = kept_feature.take(rising)
+            np.maximum.at(self.max_activation, risen, kept_value.take(rising))
+            self._bound[risen] = strict_bound(self.max_activation.take(risen), self.threshold)
+            rows = rows.take(np.flatnonzero(kept_value > self._bound.take(kept_feature)))
         m = rows // k
         self._append(
             Entries(
-                feature[rows].astype(np.int32),
-                np.asarray(position_ids)[m].astype(np.int64),
-                np.asarray(tokens)[m].astype(np.int32),
-                np.asarray(language)[m].astype(np.uint8),
-                value[rows],
+                feature.take(rows).astype(np.int32),
+                np.asarray(position_ids).take(m).astype(np.int64),
+                np.asarray(tokens).take(m).astype(np.int32),
+                np.asarray(language).take(m).astype(np.uint8),
+                value.take(rows),
             )
         )
+
+    def _see(self, positions: int) -> None:
+        self.n_positions_total += positions
+        if self.n_positions_total > _NARROW:  # a feature is active once at a position: no count is above their number
+            self._counts_BGN = self._counts_BGN.astype(np.int64, copy=False)
+
+    def _count(self, value: Array, feature: Array, language: Array, k: int) -> None:
+        """Count active positions by bin, language and feature; `value` and `feature` are [M * K]."""
+        counts = self._counts_BGN.reshape(-1)
+        _, n_languages, n_features = self._counts_BGN.shape
+        # In place and narrow as long as it can be: counting is about half of an update.
+        narrow = value.view(np.int32) >> _HALF_OCTAVE
+        narrow -= _FIRST
+        np.clip(narrow, 0, BINS - 1, out=narrow)
+        narrow *= n_languages * n_features
+        by_row = narrow.reshape(-1, k)
+        by_row += (language.astype(np.int32) * n_features)[:, None]
+        key = narrow.astype(np.int64)
+        key += feature
+        np.add.at(counts, key, counts.dtype.type(1))
+        if not value.min(initial=np.inf) > 0:
+            np.subtract.at(counts, key[~(value > 0)], counts.dtype.type(1))
 
     def update_max(self, maxima: Array) -> None:
         """Raise the maxima before TopK (v1's m_i): `maxima` [N], ReLU'd, over a chunk. The entries stay as they are."""
@@ -182,9 +224,9 @@ class FeatureCollector:
         np.maximum(self.max_activation, other.max_activation, out=self.max_activation)
         self.update_max(other.encoder_max)
         self._bound = strict_bound(self.max_activation, self.threshold)
-        self.n_active += other.n_active
+        self._see(other.n_positions_total)
+        self._counts_BGN += other._counts_BGN
         self.token_counts += other.token_counts
-        self.n_positions_total += other.n_positions_total
         for chunk in other._chunks:
             self._append(chunk)
 
@@ -192,14 +234,16 @@ class FeatureCollector:
         """The features as collected so far; the collector can go on."""
         entries = self._prune()
         entries = entries.take(_by_feature(entries.feature, entries.position, len(self._bound)))
+        activation_counts = self._counts_BGN.transpose(2, 1, 0).astype(np.int64, order="C")
         return Collected(
             threshold=self.threshold,
             alive=self.max_activation > 0,
-            n_active=self.n_active.copy(),
+            n_active=activation_counts.sum(axis=(1, 2)),
             n_positions_total=self.n_positions_total,
             max_activation=self.max_activation.copy(),
             encoder_max=np.maximum(self.encoder_max, self.max_activation),
             token_counts=self.token_counts.copy(),
+            activation_counts=activation_counts,
             **entries._asdict(),
         )
 
@@ -294,6 +338,22 @@ def group_counts(feature: Array, group: Array, count: Array) -> Groups:
 def tokens_of(histogram: TokenHistogram) -> Groups:
     """The histogram with its languages merged: group = token."""
     return group_counts(histogram.feature, histogram.token, histogram.count)
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class ActivationHistogram:
+    """Active positions counted by feature, document language and bin; sorted by these three, counts above 0 only."""
+
+    feature: Array  # int64
+    language: Array  # int64
+    bin: Array  # int64, see `activation_edges`
+    count: Array  # int64
+
+
+def activation_histogram(collected: Collected) -> ActivationHistogram:
+    """The rows of `collected.activation_counts` that are not 0."""
+    feature, language, bin_ = np.nonzero(collected.activation_counts)
+    return ActivationHistogram(feature, language, bin_, collected.activation_counts[feature, language, bin_])
 
 
 class Examples(NamedTuple):

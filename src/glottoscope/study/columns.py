@@ -271,6 +271,29 @@ HISTOGRAM: dict[str, Column] = {
     "count": _int(_POS, "Counted positions with this token in documents of this language."),
 }
 
+ACTIVATIONS: dict[str, Column] = {
+    "feature": _POSITIONS["feature"],
+    "language": HISTOGRAM["language"],
+    "bin": Column(
+        "int8",
+        "",
+        "Half octave of the activation, 0 to 35: from 2^(B/2 - 12) up where the bin B is even, from 1.5 x 2^((B - 1)/2 - 12) where "
+        "it is odd, to where the next one starts; 0 takes all that is weaker, 35 all from 48 on.",
+    ),
+    "count": _int(_POS, "Positions of the test split at which the feature is active, above the threshold or not; never 0."),
+}
+
+PAIRS: dict[str, Column] = {
+    "feature": _POSITIONS["feature"],
+    "rank": Column("int32", "", "0 is the pair whose weaker side is strongest; at most 8 of a feature."),
+    "pair": Column("int32", "", "Row of the aligned test sentences (tokens/aligned/test)."),
+    "value_{a,b}": Column("float", "activation", "Strongest firing position of the first (a) and the second language (b)."),
+    "at_a": Column("list<element: int32>", "", "Where the feature fires in the first language: position in the row, BOS included."),
+    "level_a": Column("list<element: float>", "activation", "Activation at each of them, above phi_firing x the maximum."),
+    "at_b": Column("list<element: int32>", "", "The same for the second language."),
+    "level_b": Column("list<element: float>", "activation", "Activation at each of them."),
+}
+
 VOCABULARY: dict[str, Column] = {
     "token": _int("token id", "Row number."),
     "bytes": Column("binary", "", "The bytes that the token stands for; part of a character is possible."),
@@ -319,6 +342,13 @@ TABLES: dict[str, Table] = {
     "training": Table(f"{_SETUP}/training.parquet", "One point of a loss curve of the SAE's training.", TRAINING),
     "collected": Table(f"{_SETUP}/collected.parquet", "One feature, before it is judged: what `score` starts from.", COLLECTED),
     "histogram": Table(f"{_SETUP}/histogram.parquet", "One token of one feature in one language.", HISTOGRAM),
+    "activations": Table(f"{_SETUP}/activations.parquet", "One bin of activations of one feature in one language.", ACTIVATIONS),
+    "pairs": Table(
+        f"{_SETUP}/pairs.parquet",
+        "One aligned test pair in which a feature fires on both sides, as for phi; features with examples only. "
+        "Not there without aligned test sentences.",
+        PAIRS,
+    ),
     "vocabulary": Table("tokens/vocabulary.parquet", "One entry of the tokenizer.", VOCABULARY),
     "documents": Table("tokens/documents.parquet", "One document.", DOCUMENTS),
     "log": Table("models/MODEL/log.parquet", "One optimiser step of a model trained here.", LOG),

@@ -24,7 +24,7 @@ from glottoscope.corpus.tokens import (
 )
 from glottoscope.features import v1
 from glottoscope.features.alignment import alignment
-from glottoscope.features.collect import Collected, FeatureCollector, restrict, token_histogram
+from glottoscope.features.collect import Collected, FeatureCollector, activation_histogram, restrict, token_histogram
 from glottoscope.features.language import (
     NEUTRAL,
     count_languages,
@@ -38,12 +38,13 @@ from glottoscope.sae.quality import QualityAccumulator
 from glottoscope.study.plan import Cell, seed_for
 from glottoscope.study.stages.context import VERSIONS, Context, Vocabulary
 from glottoscope.study.stages.examples import choose_examples, document_ids, examples_table, windows_of
-from glottoscope.study.stages.pairs import aligned_pass, with_phi
+from glottoscope.study.stages.pairs import aligned_pass, pairs_table, with_phi
 from glottoscope.study.stages.passes import Codes, Collecting, LMLosses, Setup, TokenMeans, positions
 
 STRICTER = (0.8, 0.9)  # activation thresholds swept beside the study's own
 KEPT_CODES = 256 * 2**20  # bytes of sparse codes kept between the two looks at the test split
-FILES = ("collected.parquet", "histogram.parquet", "examples.parquet", "quality.json")
+FILES = ("collected.parquet", "histogram.parquet", "activations.parquet", "examples.parquet", "quality.json")
+PAIRS = "pairs.parquet"  # only where there are aligned test sentences
 
 
 def missing_layers(context: Context, cell: Cell, layers: Sequence[int]) -> list[int]:
@@ -140,7 +141,8 @@ def collect_cell(root: str, model: str, step: int, layers: tuple[int, ...], repo
     sets = [w for w in info.aligned if w == "test" or cell.checkpoint == cell.model.final]
     aligned = {w: read_aligned_tokens(store.aligned_dir, w) for w in sets}
     states = {
-        which: aligned_pass(context, lm, cell, pairs, layers, which, setups, collected, neutral) for which, pairs in aligned.items()
+        which: aligned_pass(context, lm, cell, pairs, layers, which, setups, collected, shown, neutral)
+        for which, pairs in aligned.items()
     }
     if losses is not None:
         store.begin(store.cell_dir(model, step), "cell")
@@ -160,11 +162,22 @@ def collect_cell(root: str, model: str, step: int, layers: tuple[int, ...], repo
             "feature": histogram.feature.astype(np.int32), "token": histogram.token.astype(np.int32),
             "language": histogram.language.astype(np.uint8), "count": histogram.count.astype(np.int64),
         }))  # fmt: skip
+        activations = activation_histogram(what)
+        write_table(folder / "activations.parquet", pa.table({
+            "feature": activations.feature.astype(np.int32), "language": activations.language.astype(np.uint8),
+            "bin": activations.bin.astype(np.int8), "count": activations.count,
+        }))  # fmt: skip
+        files: list[str] = [*FILES]
+        if "test" in aligned:
+            write_table(folder / PAIRS, pairs_table(setup))
+            files.append(PAIRS)
+        else:
+            (folder / PAIRS).unlink(missing_ok=True)  # of a study that had aligned sentences
         write_table(folder / "examples.parquet", examples_table(
             context, shown[layer, seed], windows[layer, seed], blocks, vocabulary, documents
         ))  # fmt: skip
         write_json(folder / "quality.json", _quality(context, setup, what, neutral, aligned, states, concepts, layer))
-        store.mark_done(folder, "features", context.features_key(cell, layer, seed), {}, list(FILES))
+        store.mark_done(folder, "features", context.features_key(cell, layer, seed), {}, files)
 
 
 # ---- what a feature's positions count for

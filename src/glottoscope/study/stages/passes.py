@@ -23,6 +23,7 @@ from glottoscope.features.bilingual import (
     SentenceFirings,
 )
 from glottoscope.features.collect import FeatureCollector
+from glottoscope.features.pairs import FiringPositions
 from glottoscope.lm.layers import embedding_module
 from glottoscope.lm.losses import check_head, loss_of_hidden
 from glottoscope.sae.model import TopKSAE
@@ -49,6 +50,9 @@ class Collecting:
     collector: FeatureCollector
     quality: QualityAccumulator
     firings: dict[tuple[str, int], list[SentenceFirings]] = field(default_factory=dict)
+    # Of the aligned test sentences, by side: where features with examples fire. At most K entries of 16 bytes a counted
+    # position; in truth the few that are above phi_firing x the feature's maximum, little more than `firings` holds.
+    fired: tuple[list[FiringPositions], list[FiringPositions]] = field(default_factory=lambda: ([], []))
     codes: list[Codes] = field(default_factory=list)  # of the whole test split, where they are few
 
 
