@@ -51,6 +51,8 @@ def rounded(values: NDArray[Any], decimals: int | None) -> list[Any]:
         # Powers of ten up to 1e22 are exact, so the quotient is the double nearest to the decimal and prints short.
         up, down = 10.0 ** np.clip(3 - exponent, 0, 22), 10.0 ** np.clip(exponent - 3, 0, 22)
         shown = np.rint(safe * up / down) * down / up
+        wild = np.flatnonzero(np.abs(exponent) > 18)
+        shown[wild] = [float(f"{x:.3e}") for x in safe[wild].tolist()]
     shown = shown + 0.0  # -0.0 would print its sign
     return [_short(x) if ok else None for x, ok in zip(shown.tolist(), finite.tolist(), strict=True)]
 

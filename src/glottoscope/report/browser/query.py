@@ -85,7 +85,9 @@ def parse(raw: Mapping[str, str], classes: Sequence[str], languages: Sequence[st
         elif not text:
             continue
         elif name in PLACES:
-            places[name] = _place(name, text, problems)
+            chosen = _place(name, text, problems)
+            if chosen != []:
+                places[name] = chosen
         elif name in RANGES:
             found = _range(text)
             if found is None:

@@ -37,10 +37,11 @@ STATIC = Path(__file__).parent / "site"
 LISTED_FEATURES = 500_000  # whose lists are kept: 150 bytes each
 READ_SETUPS = 3  # whose examples are kept: 50 MB each at 32,768 features
 PACKED_BYTES = 64 * 2**20  # of answers kept
-_CELL = re.compile(r"data/cells/(?P<setup>[^/]+@\d+/layer_\d+/seed_\d+)/(?P<rest>.+)")
-_SHARD = re.compile(r"features/(\d+)-(\d+)\.json\.gz")
-_FEATURE = re.compile(r"features/(\d+)\.json")
-_TEXT = re.compile(r"data/(text|pairs)/(\d+)\.json\.gz")
+_NUMBER = "(0|[1-9][0-9]{0,17})"
+_CELL = re.compile(r"data/cells/(?P<setup>[^/]+/[^/]+/[^/]+)/(?P<rest>.+)")
+_SHARD = re.compile(rf"features/{_NUMBER}-{_NUMBER}\.json\.gz")
+_FEATURE = re.compile(rf"features/{_NUMBER}\.json")
+_TEXT = re.compile(rf"data/(text|pairs)/{_NUMBER}\.json\.gz")
 
 
 class Site:

@@ -51,7 +51,10 @@ async function unpacked(packed) {
   const head = new Uint8Array(packed, 0, Math.min(2, packed.byteLength));
   if (head[0] !== 0x1f || head[1] !== 0x8b) return new TextDecoder().decode(packed);
   if (typeof DecompressionStream === "undefined")
-    throw new DataError("This browser cannot unpack gzip.", "Use a browser of 2023 or newer (Firefox 113, Safari 16.4, Chromium 80).");
+    throw new DataError(
+      "This browser cannot unpack gzip.",
+      "Use a browser of 2023 or newer (Firefox 113, Safari 16.4, Chromium 80).",
+    );
   return new Response(new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip"))).text();
 }
 
@@ -70,7 +73,12 @@ async function refusal(response) {
 async function fetched(address) {
   const response = await answer(fetch(address.split("/").map(encodeURIComponent).join("/").replaceAll("%40", "@")), address);
   if (response.status === 404) throw new DataError(`${address} is missing.`, EXPORT_AGAIN, 404);
-  if (!response.ok) throw new DataError(`${address}: ${await refusal(response)}.`, "The terminal of `glottoscope browse` may say more.", response.status);
+  if (!response.ok)
+    throw new DataError(
+      `${address}: ${await refusal(response)}.`,
+      "The terminal of `glottoscope browse` may say more.",
+      response.status,
+    );
   let data;
   try {
     data = JSON.parse(await unpacked(await response.arrayBuffer()));
@@ -105,7 +113,8 @@ export function load(address) {
 /** @returns {Promise<Site>} */
 export async function site() {
   const data = await load("data/site.json");
-  if (!Array.isArray(data.setups) || !Array.isArray(data.languages)) throw new DataError("data/site.json is damaged: it names no setups.", EXPORT_AGAIN);
+  if (!Array.isArray(data.setups) || !Array.isArray(data.languages))
+    throw new DataError("data/site.json is damaged: it names no setups.", EXPORT_AGAIN);
   loadedSite = data;
   return data;
 }
@@ -193,12 +202,14 @@ export async function pair(p) {
   return sides;
 }
 
-/** Labels and agreement. A site without the file has none. */
-export async function labels() {
+/** Labels and agreement. A site without the file has none. @param {{fresh?: boolean}} [how] fresh: whatever was loaded before */
+export async function labels({ fresh = false } = {}) {
+  if (fresh) cache.delete("data/labels.json");
   try {
     return await load("data/labels.json");
   } catch (error) {
-    if (error instanceof DataError && error.status === 404) return { schema: SCHEMA, names: {}, raters: [], labels: [], agreement: { pairs: [], measures: [] } };
+    if (error instanceof DataError && error.status === 404)
+      return { schema: SCHEMA, names: {}, raters: [], labels: [], agreement: { pairs: [], measures: [] } };
     throw error;
   }
 }
@@ -209,16 +220,32 @@ export async function labels() {
  */
 export async function saveLabel(label) {
   const { live: served, token = "" } = await live();
-  if (!served) throw new DataError("This is an exported site: it cannot save labels.", "Run `glottoscope browse` on the run directory and label there.");
+  if (!served)
+    throw new DataError(
+      "This is an exported site: it cannot save labels.",
+      "Run `glottoscope browse` on the run directory and label there.",
+    );
   const response = await answer(
-    fetch("labels", { method: "POST", headers: { "Content-Type": "application/json", "X-Glottoscope": token }, body: JSON.stringify(label) }),
+    // Alive beyond the page: a note may be saved by the very click that leaves it.
+    fetch("labels", {
+      method: "POST",
+      keepalive: true,
+      headers: { "Content-Type": "application/json", "X-Glottoscope": token },
+      body: JSON.stringify(label),
+    }),
     "labels",
   );
   if (response.status !== 201)
-    throw new DataError(`The label was not saved: ${await refusal(response)}.`, "If the server was started again since this page was opened, load the page again.", response.status);
+    throw new DataError(
+      `The label was not saved: ${await refusal(response)}.`,
+      "If the server was started again since this page was opened, load the page again.",
+      response.status,
+    );
   const entry = await response.json();
   const known = await labels();
-  known.labels = known.labels.filter((/** @type {any} */ other) => !(other.setup === entry.setup && other.feature === entry.feature && other.rater === entry.rater));
+  known.labels = known.labels.filter(
+    (/** @type {any} */ other) => !(other.setup === entry.setup && other.feature === entry.feature && other.rater === entry.rater),
+  );
   // A label with neither grade nor note withdraws what was said.
   if (entry.granularity !== null || entry.note) known.labels.push(entry);
   if (!known.raters.includes(entry.rater)) known.raters.push(entry.rater);

@@ -1,6 +1,6 @@
 // Elements from data: strings only ever become text nodes and attribute values, never markup.
 
-/** @typedef {Node|string|number|null|undefined|false|Child[]} Child */
+/** @typedef {Node|string|number|null|undefined|false|Array<any>} Child */
 
 /** @param {Element} element @param {Object<string, any>|null} attributes @param {Child[]} children */
 function filled(element, attributes, children) {
@@ -34,7 +34,8 @@ export const h = (tag, attributes = null, ...children) => filled(document.create
  * @param {string} tag @param {Object<string, any>|null} [attributes] @param {Child[]} children
  * @returns {any}
  */
-export const svg = (tag, attributes = null, ...children) => filled(document.createElementNS("http://www.w3.org/2000/svg", tag), attributes, children);
+export const svg = (tag, attributes = null, ...children) =>
+  filled(document.createElementNS("http://www.w3.org/2000/svg", tag), attributes, children);
 
 /** Replace what an element holds. @param {Element} element @param {Child[]} children */
 export function fill(element, ...children) {

@@ -20,7 +20,10 @@ function isTyping(event) {
   if (!(target instanceof Element)) return false;
   if (target.closest("input, textarea, select, [contenteditable], dialog")) return true;
   // Arrows move within these, and scroll what is too wide.
-  return event.key.startsWith("Arrow") && target.closest(".scroll, [role=slider], [role=tablist], [role=radiogroup], [role=grid]") !== null;
+  return (
+    event.key.startsWith("Arrow") &&
+    target.closest(".scroll, [role=slider], [role=tablist], [role=radiogroup], [role=grid]") !== null
+  );
 }
 
 /** @param {KeyboardEvent} event */
@@ -38,7 +41,13 @@ function pressed(event) {
  * @param {Object<string, [(event: KeyboardEvent) => void, string]>} table
  */
 export function keys(table) {
-  const names = /** @type {Object<string, string>} */ ({ ArrowLeft: "←", ArrowRight: "→", ArrowUp: "↑", ArrowDown: "↓", Escape: "Esc" });
+  const names = /** @type {Object<string, string>} */ ({
+    ArrowLeft: "←",
+    ArrowRight: "→",
+    ArrowUp: "↑",
+    ArrowDown: "↓",
+    Escape: "Esc",
+  });
   for (const [key, [run, help]] of Object.entries(table)) bindings.set(key, { run, help, shown: names[key] ?? key });
   if (!listening) document.addEventListener("keydown", pressed);
   listening = true;
@@ -62,7 +71,22 @@ export function help() {
     "dialog",
     { id: "help", "aria-labelledby": "help-title" },
     h("h2", { id: "help-title" }, "Keys of this page"),
-    h("dl", { class: "keys" }, [...lines].map(([words, list]) => h("div", null, h("dt", null, list.map((key) => [h("kbd", null, key), " "])), h("dd", null, words)))),
+    h(
+      "dl",
+      { class: "keys" },
+      [...lines].map(([words, list]) =>
+        h(
+          "div",
+          null,
+          h(
+            "dt",
+            null,
+            list.map((key) => [h("kbd", null, key), " "]),
+          ),
+          h("dd", null, words),
+        ),
+      ),
+    ),
     h("p", null, h("label", { for: "keys-on" }, box, " Keys are on (? always works)")),
     h("form", { method: "dialog" }, h("button", { type: "submit", autofocus: true }, "Close")),
   );

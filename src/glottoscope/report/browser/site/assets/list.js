@@ -109,7 +109,8 @@ function binned(values, { low, high, log }) {
   const scale = high > low ? BINS / ((log ? Math.log(high) : high) - start) : 0;
   for (let i = 0; i < values.length; i++) {
     const value = values[i];
-    if (!Number.isNaN(value)) bins[i] = Math.max(0, Math.min(BINS - 1, Math.floor(((log ? Math.log(value) : value) - start) * scale)));
+    if (!Number.isNaN(value))
+      bins[i] = Math.max(0, Math.min(BINS - 1, Math.floor(((log ? Math.log(value) : value) - start) * scale)));
   }
   return bins;
 }
@@ -128,7 +129,8 @@ function byToken(table, tokens, needle, languages) {
   const hits = new Uint8Array(table.n);
   for (const language of languages)
     for (const [number, features] of table.top[language].entries())
-      for (let f = 0; f < features.length; f++) for (const rank of features[f] ?? []) if (wanted[rank]) hits[table.first[number] + f] = 1;
+      for (let f = 0; f < features.length; f++)
+        for (const rank of features[f] ?? []) if (wanted[rank]) hits[table.first[number] + f] = 1;
   return hits;
 }
 
@@ -141,7 +143,12 @@ async function byText(table, needle, languages) {
       if (!texts) {
         const data = (await snippets(setup.id)).snippets;
         // U+E000 stands in no snippet's text, so that no needle is found across two of them.
-        texts = Object.fromEntries(Object.entries(data).map(([language, features]) => [language, /** @type {string[][]} */ (features).map((some) => folded(some.map(unmarked).join("\ue000")))]));
+        texts = Object.fromEntries(
+          Object.entries(data).map(([language, features]) => [
+            language,
+            /** @type {string[][]} */ (features).map((some) => folded(some.map(unmarked).join("\ue000"))),
+          ]),
+        );
         foldedSnippets.set(setup.id, texts);
       }
       for (const language of languages) {
@@ -166,7 +173,13 @@ export function labelsOf(table, labels, rater) {
   const add = (/** @type {number} */ row, /** @type {Label} */ label) => rows.set(row, [...(rows.get(row) ?? []), label]);
   for (const label of labels) {
     const number = numbers.get(label.setup);
-    if (number === undefined || label.feature >= table.setups[number].n_features || (rater && label.rater !== rater) || (label.granularity === null && !label.note)) continue;
+    if (
+      number === undefined ||
+      label.feature >= table.setups[number].n_features ||
+      (rater && label.rater !== rater) ||
+      (label.granularity === null && !label.note)
+    )
+      continue;
     add(table.first[number] + label.feature, label);
   }
   return rows;
@@ -226,7 +239,14 @@ export async function search(table, query, site, tokens, labels) {
   const rangeNames = Object.keys(RANGES);
   const counts = {
     class: site.classes.map(() => 0),
-    flag: /** @type {Object<string, number>} */ (Object.fromEntries(flagNames.flatMap((name) => [[name, 0], [`!${name}`, 0]]))),
+    flag: /** @type {Object<string, number>} */ (
+      Object.fromEntries(
+        flagNames.flatMap((name) => [
+          [name, 0],
+          [`!${name}`, 0],
+        ]),
+      )
+    ),
     label: /** @type {Object<string, number>} */ (Object.fromEntries(LABELS.map((name) => [name, 0]))),
     dead: 0,
   };
@@ -299,7 +319,12 @@ function sortKey(table, name, labels) {
   const names = [...new Set(table.setups.map((setup) => setup.name))].sort();
   for (const [number, setup] of table.setups.entries()) {
     const at = table.first[number];
-    const whole = /** @type {Object<string, number>} */ ({ setup: number, model: names.indexOf(setup.name), step: setup.step, layer: setup.layer })[name];
+    const whole = /** @type {Object<string, number>} */ ({
+      setup: number,
+      model: names.indexOf(setup.name),
+      step: setup.step,
+      layer: setup.layer,
+    })[name];
     if (whole === undefined) copy(table.lists[number].columns[name], keys, at);
     else keys.fill(whole, at, at + setup.n_features);
   }

@@ -52,17 +52,49 @@ export const SORTS = /** @type {Object<string, string>} */ ({
   label: "label",
 });
 /** Columns of a list by which an address may sort too. */
-const MORE_SORTS = ["setup", "h_token", "h_semantic", "phi_null", "n_pairs_a", "n_pairs_b", "granularity", "examples", ...Object.values(RANGES).map(({ column }) => column)];
+const MORE_SORTS = [
+  "setup",
+  "h_token",
+  "h_semantic",
+  "phi_null",
+  "n_pairs_a",
+  "n_pairs_b",
+  "granularity",
+  "examples",
+  ...Object.values(RANGES).map(({ column }) => column),
+];
 
 const NUMBER = /^[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$/i;
 export const PER = 50;
 const MOST_PER = 1000;
 
 /** @returns {Query} */
-const empty = () => ({ scope: {}, class: [], flag: [], alive: "", ranges: {}, token: "", text: "", q: "", lang: "", label: "", rater: "", sort: "", page: 1, per: PER });
+const empty = () => ({
+  scope: {},
+  class: [],
+  flag: [],
+  alive: "",
+  ranges: {},
+  token: "",
+  text: "",
+  q: "",
+  lang: "",
+  label: "",
+  rater: "",
+  sort: "",
+  page: 1,
+  per: PER,
+});
 
 /** @param {string} value */
-const items = (value) => [...new Set(value.split(",").map((item) => item.trim()).filter(Boolean))];
+const items = (value) => [
+  ...new Set(
+    value
+      .split(",")
+      .map((item) => item.trim())
+      .filter(Boolean),
+  ),
+];
 
 /**
  * A range as "0.2..0.8", "0.5.." or "..0.2"; null where it is none.
@@ -104,18 +136,25 @@ export function parse(search, site) {
           if (!fine) problems.push(`${name}=${item} is not a whole number, or all.`);
           return fine;
         });
-        if (chosen.length) query.scope[scope] = scope === "model" || scope === "control" ? chosen : chosen.map((item) => String(Number(item)));
+        if (chosen.length)
+          query.scope[scope] = scope === "model" || scope === "control" ? chosen : chosen.map((item) => String(Number(item)));
       }
     } else if (name in RANGES) {
       const range = parseRange(value);
       if (range) query.ranges[name] = range;
       else problems.push(`${name}=${value} is not a range like 0.2..0.8.`);
     } else if (name === "class") query.class = some(name, items(value), site.classes);
-    else if (name === "flag") query.flag = some(name, items(value), Object.keys(FLAGS).flatMap((flag) => [flag, `!${flag}`]));
+    else if (name === "flag")
+      query.flag = some(
+        name,
+        items(value),
+        Object.keys(FLAGS).flatMap((flag) => [flag, `!${flag}`]),
+      );
     else if (name === "label") query.label = some(name, [value], LABELS)[0] ?? "";
     else if (name === "lang") query.lang = some(name, [value], site.languages)[0] ?? "";
     else if (name === "alive") query.alive = /** @type {any} */ (some(name, [value], ["1", "0", "all"])[0] ?? "");
-    else if (name === "sort") query.sort = some(name, [value.replace(/^-/, "")], [...Object.keys(SORTS), ...MORE_SORTS]).length ? value : "";
+    else if (name === "sort")
+      query.sort = some(name, [value.replace(/^-/, "")], [...Object.keys(SORTS), ...MORE_SORTS]).length ? value : "";
     else if (name === "page" || name === "per") {
       if (/^0*[1-9]\d{0,8}$/.test(value)) query[name] = name === "per" ? Math.min(MOST_PER, Number(value)) : Number(value);
       else problems.push(`${name}=${value} is not a whole number above 0.`);
@@ -171,7 +210,9 @@ export const aliveOf = (query) => query.alive || (query.class.includes("dead") ?
  */
 export function setupsOf(query, site) {
   const { scope } = query;
-  const main = site.default?.model ?? site.setups.reduce((best, setup) => (setup.n_params >= best.n_params ? setup : best), site.setups[0]).name;
+  const main =
+    site.default?.model ??
+    site.setups.reduce((best, setup) => (setup.n_params >= best.n_params ? setup : best), site.setups[0]).name;
   const model = scope.model ?? [main];
   let setups = site.setups.filter((setup) => model === "all" || model.includes(setup.name));
   const control = scope.control ?? (setups.some((setup) => setup.control === "none") ? ["none"] : "all");
@@ -205,13 +246,19 @@ export function chosen(query, site, scope, value) {
   const { field } = SCOPES[scope];
   const holds = () => {
     const setups = setupsOf(next, site);
-    return setups.length > 0 && (value === undefined || value === "all" || value.every((one) => setups.some((setup) => String(setup[field]) === one)));
+    return (
+      setups.length > 0 &&
+      (value === undefined || value === "all" || value.every((one) => setups.some((setup) => String(setup[field]) === one)))
+    );
   };
   if (holds() || !Array.isArray(value)) return next;
   if (scope === "control") {
     const setups = site.setups.filter((setup) => value.includes(setup.control));
-    const kept = query.scope.model === "all" ? [] : (query.scope.model ?? []).filter((name) => setups.some((setup) => setup.name === name));
-    const main = setups.some((setup) => setup.name === site.default?.model) ? undefined : setups.reduce((best, setup) => (setup.n_params > best.n_params ? setup : best), setups[0]).name;
+    const kept =
+      query.scope.model === "all" ? [] : (query.scope.model ?? []).filter((name) => setups.some((setup) => setup.name === name));
+    const main = setups.some((setup) => setup.name === site.default?.model)
+      ? undefined
+      : setups.reduce((best, setup) => (setup.n_params > best.n_params ? setup : best), setups[0]).name;
     if (kept.length || main) next.scope.model = kept.length ? kept : [/** @type {string} */ (main)];
     else delete next.scope.model;
     if (holds()) return next;

@@ -125,7 +125,8 @@ export function shaded({ ranks, levels, peak = -1, lang, max = null, breaks = []
   for (const { start, end, text } of spans(ranks, table)) {
     let level = 0;
     for (let at = start; at < end; at++) level = Math.max(level, levels[at] ?? 0);
-    if (breaks.some((at) => at >= start && at < end)) line.append(h("span", { class: "docbreak", title: "another document begins here" }, "¶"));
+    if (breaks.some((at) => at >= start && at < end))
+      line.append(h("span", { class: "docbreak", title: "another document begins here" }, "¶"));
     const isPeak = peak >= start && peak < end;
     const length = Math.max(...Array.from({ length: end - start }, (_, i) => table.cut.get(ranks[start + i]) ?? 0), text.length);
     const shown = visible(shortened(text, 300, length));
@@ -134,13 +135,17 @@ export function shaded({ ranks, levels, peak = -1, lang, max = null, breaks = []
     const lead = space < shown.length ? shown.slice(0, space) : "";
     if (lead) line.append(lead);
     const special = end === start + 1 && table.special.has(ranks[start]);
-    const value = max === null || max === undefined ? `${level} % of the maximum` : `${((level / 100) * max).toPrecision(2)} (${level} %)`;
+    const value =
+      max === null || max === undefined ? `${level} % of the maximum` : `${((level / 100) * max).toPrecision(2)} (${level} %)`;
     if (isPeak) line.append(h("span", { class: "sr" }, " strongest: "));
     line.append(
       h(
         isPeak ? "mark" : "span",
         {
-          class: [isPeak && "peak", level > 0 && `l${Math.min(10, Math.ceil(level / 10))}`, special && "special"].filter(Boolean).join(" ") || null,
+          class:
+            [isPeak && "peak", level > 0 && `l${Math.min(10, Math.ceil(level / 10))}`, special && "special"]
+              .filter(Boolean)
+              .join(" ") || null,
           title: level > 0 ? `activation ${value}` : "not active",
         },
         shown.slice(lead.length),

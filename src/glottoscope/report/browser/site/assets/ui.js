@@ -35,7 +35,11 @@ function nextTheme(button) {
 /** @param {HTMLElement} button */
 function labelTheme(button) {
   const name = /** @type {keyof typeof THEMES} */ (theme());
-  fill(button, h("span", { "aria-hidden": "true" }, { auto: "◐", light: "☀", dark: "☾" }[name]), h("span", { class: "sr" }, `Colours: ${THEMES[name]}. Change`));
+  fill(
+    button,
+    h("span", { "aria-hidden": "true" }, { auto: "◐", light: "☀", dark: "☾" }[name]),
+    h("span", { class: "sr" }, `Colours: ${THEMES[name]}. Change`),
+  );
   button.title = `Colours: ${THEMES[name]}`;
 }
 
@@ -55,8 +59,22 @@ export function page({ title, here }) {
     { class: "site" },
     h("a", { class: "skip", href: "#main" }, "To the content"),
     name,
-    h("nav", { "aria-label": "Pages" }, PAGES.map(([address, words]) => h("a", { href: address, "aria-current": address === here ? "page" : null }, words))),
-    h("span", { class: "tools" }, button, h("button", { type: "button", class: "quiet", id: "keys", title: "Keys of this page", onclick: help }, h("span", { "aria-hidden": "true" }, "?"), h("span", { class: "sr" }, "Keys of this page"))),
+    h(
+      "nav",
+      { "aria-label": "Pages" },
+      PAGES.map(([address, words]) => h("a", { href: address, "aria-current": address === here ? "page" : null }, words)),
+    ),
+    h(
+      "span",
+      { class: "tools" },
+      button,
+      h(
+        "button",
+        { type: "button", class: "quiet", id: "keys", title: "Keys of this page", onclick: help },
+        h("span", { "aria-hidden": "true" }, "?"),
+        h("span", { class: "sr" }, "Keys of this page"),
+      ),
+    ),
   );
   const main = document.getElementById("main") ?? h("main", { id: "main" });
   main.tabIndex = -1;
@@ -71,14 +89,38 @@ export function page({ title, here }) {
       retitle(title);
       if (data.partial?.length) {
         const lines = data.partial.map((line) => h("li", null, visible(line)));
-        notices.append(h("details", { class: "notice", id: "partial", open: here === "index.html" }, h("summary", null, h("strong", null, "This run is not complete"), ` (${lines.length})`), h("ul", null, lines)));
+        notices.append(
+          h(
+            "details",
+            { class: "notice", id: "partial", open: here === "index.html" },
+            h("summary", null, h("strong", null, "This run is not complete"), ` (${lines.length})`),
+            h("ul", null, lines),
+          ),
+        );
         notices.hidden = false;
       }
       put(
         footer,
-        h("p", null, `glottoscope ${visible(data.glottoscope ?? "")} · study ${visible(data.study)}`, served ? ` · served here, labels are saved as ${visible(rater ?? "")}` : " · exported: labels are read-only"),
-        data.notes?.length ? h("div", null, data.notes.map((/** @type {string} */ note) => h("p", null, visible(note)))) : null,
-        data.licences?.length ? h("ul", { class: "licences" }, data.licences.map((/** @type {string[]} */ line) => h("li", null, line.filter(Boolean).map(visible).join(" · ")))) : null,
+        h(
+          "p",
+          null,
+          `glottoscope ${visible(data.glottoscope ?? "")} · study ${visible(data.study)}`,
+          served ? ` · served here, labels are saved as ${visible(rater ?? "")}` : " · exported: labels are read-only",
+        ),
+        data.notes?.length
+          ? h(
+              "div",
+              null,
+              data.notes.map((/** @type {string} */ note) => h("p", null, visible(note))),
+            )
+          : null,
+        data.licences?.length
+          ? h(
+              "ul",
+              { class: "licences" },
+              data.licences.map((/** @type {string[]} */ line) => h("li", null, line.filter(Boolean).map(visible).join(" · "))),
+            )
+          : null,
       );
     },
     (error) => fail(error),
@@ -99,10 +141,19 @@ export function retitle(title) {
 export function fail(error, where) {
   if (!(error instanceof DataError)) console.error(error);
   const message = error instanceof Error ? error.message : String(error);
-  const remedy = error instanceof DataError ? error.remedy : "This is a fault of the page. Please report it with the address of the page.";
+  const remedy =
+    error instanceof DataError ? error.remedy : "This is a fault of the page. Please report it with the address of the page.";
   const place = where ?? document.getElementById("main") ?? document.body;
   if ([...place.querySelectorAll(".failure")].some((other) => other.getAttribute("data-message") === message)) return;
-  place.prepend(h("div", { class: "failure", role: "alert", "data-message": message }, h("strong", null, visible(message)), " ", visible(remedy)));
+  place.prepend(
+    h(
+      "div",
+      { class: "failure", role: "alert", "data-message": message },
+      h("strong", null, visible(message)),
+      " ",
+      visible(remedy),
+    ),
+  );
 }
 
 /** Name of a language of the study. @param {string} code */
@@ -117,7 +168,9 @@ const OTHERS = /** @type {Object<string, string>} */ ({ mixed: "●", neutral: "
 /** Shape and CSS class of a class; shapes are those of the report's figures. @param {string} cls */
 export function classLook(cls) {
   const index = siteNow()?.languages.indexOf(cls) ?? -1;
-  return index >= 0 ? { shape: SHAPES[index % SHAPES.length], css: `lang-${index % 5}` } : { shape: OTHERS[cls] ?? "?", css: OTHERS[cls] ? cls : "unclassified" };
+  return index >= 0
+    ? { shape: SHAPES[index % SHAPES.length], css: `lang-${index % 5}` }
+    : { shape: OTHERS[cls] ?? "?", css: OTHERS[cls] ? cls : "unclassified" };
 }
 
 /**
@@ -129,8 +182,20 @@ export function classBadge(cls, bilingual = false) {
   return h(
     "span",
     { class: "badges" },
-    h("span", { class: `badge ${css}`, "data-class": cls, title: className(cls) }, h("span", { "aria-hidden": "true" }, shape), ` ${cls}`),
-    bilingual ? h("span", { class: "badge bilingual", title: "bilingual: fires in a sentence and in its translation" }, h("span", { "aria-hidden": "true" }, "◈"), " bilingual") : null,
+    h(
+      "span",
+      { class: `badge ${css}`, "data-class": cls, title: className(cls) },
+      h("span", { "aria-hidden": "true" }, shape),
+      ` ${cls}`,
+    ),
+    bilingual
+      ? h(
+          "span",
+          { class: "badge bilingual", title: "bilingual: fires in a sentence and in its translation" },
+          h("span", { "aria-hidden": "true" }, "◈"),
+          " bilingual",
+        )
+      : null,
   );
 }
 
@@ -143,7 +208,8 @@ const formatters = new Map();
 /** @param {number} digits */
 function formatter(digits) {
   let known = formatters.get(digits);
-  if (!known) formatters.set(digits, (known = new Intl.NumberFormat("en", { minimumFractionDigits: digits, maximumFractionDigits: digits })));
+  if (!known)
+    formatters.set(digits, (known = new Intl.NumberFormat("en", { minimumFractionDigits: digits, maximumFractionDigits: digits })));
   return known;
 }
 
@@ -161,7 +227,12 @@ export function format(name, value) {
 export function measure(name, value) {
   const known = measureOf(name);
   const text = format(name, value);
-  return h("span", { class: "num", title: known ? `${known.label}: ${known.meaning}` : null, "data-measure": name }, text, text === "–" ? h("span", { class: "sr" }, "unknown") : null);
+  return h(
+    "span",
+    { class: "num", title: known ? `${known.label}: ${known.meaning}` : null, "data-measure": name },
+    text,
+    text === "–" ? h("span", { class: "sr" }, "unknown") : null,
+  );
 }
 
 /**
@@ -177,7 +248,18 @@ export function chip(rank, { lang, count = null, cluster = null, limit = 32 } = 
   const bytes = table.bytes.has(rank);
   return h(
     "span",
-    { class: ["chip", space && shown === text.trim() && "sp", bytes && "bytes", table.special.has(rank) && "special"].filter(Boolean).join(" "), title: bytes ? `bytes ${full}: part of a character` : space ? `“${full}”, with a space before it` : full === text ? null : full },
+    {
+      class: ["chip", space && shown === text.trim() && "sp", bytes && "bytes", table.special.has(rank) && "special"]
+        .filter(Boolean)
+        .join(" "),
+      title: bytes
+        ? `bytes ${full}: part of a character`
+        : space
+          ? `“${full}”, with a space before it`
+          : full === text
+            ? null
+            : full,
+    },
     h("bdi", { lang: bytes ? null : lang }, shown),
     count === null ? null : h("span", { class: "n" }, count.toLocaleString("en")),
     cluster === null ? null : h("span", { class: "cluster", title: `cluster ${cluster}` }, cluster),
@@ -201,11 +283,17 @@ export function setupWords(setup) {
 }
 
 /** A value of an address: escaped, but what is harmless stays readable. @param {string|number} value */
-export const encode = (value) => encodeURIComponent(value).replace(/%(?:2C|2F|3A|40|20)/g, (code) => ({ "%2C": ",", "%2F": "/", "%3A": ":", "%40": "@", "%20": "+" })[code] ?? code);
+export const encode = (value) =>
+  encodeURIComponent(value).replace(
+    /%(?:2C|2F|3A|40|20)/g,
+    (code) => ({ "%2C": ",", "%2F": "/", "%3A": ":", "%40": "@", "%20": "+" })[code] ?? code,
+  );
 
 /** Address of a feature's page. @param {string} id @param {number} f @param {Object<string, string|null|undefined>} [more] */
 export const featureAddress = (id, f, more = {}) =>
-  `feature.html?f=${encode(`${id}:${f}`)}${Object.entries(more).map(([name, value]) => (value ? `&${name}=${encode(value)}` : "")).join("")}`;
+  `feature.html?f=${encode(`${id}:${f}`)}${Object.entries(more)
+    .map(([name, value]) => (value ? `&${name}=${encode(value)}` : ""))
+    .join("")}`;
 
 /** The setup and feature of "ID:F"; null where it is no such thing. @param {string|null} value */
 export function parseFeature(value) {
