@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import math
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,6 +18,7 @@ from glottoscope.errors import InputError, NonFiniteError
 from glottoscope.lm import training_forward
 from glottoscope.lm.pretrain import (
     LlamaShape,
+    Pretraining,
     PretrainSettings,
     build_model,
     learning_rate,
@@ -183,6 +188,56 @@ def test_same_seed_same_bytes() -> None:
     assert log == log_again
     other, _, _ = run(replace(settings, seed=1))
     assert not torch.equal(first[12]["lm_head.weight"], other[12]["lm_head.weight"])
+
+
+class Memory:
+    """Keeps a copy of the training before every update, and gives one back."""
+
+    def __init__(self, start: Memory | None = None, step: int = 0) -> None:
+        self.start, self.step = start, step
+        self.kept: dict[int, tuple[dict[str, torch.Tensor], str]] = {}
+        self.training: Pretraining | None = None
+
+    def restore(self, training: Pretraining) -> None:
+        self.training = training
+        if self.start is not None:
+            tensors, notes = self.start.kept[self.step]
+            for name, tensor in training.tensors().items():
+                tensor.copy_(tensors[name])
+            training.resume_at(self.step, json.loads(notes))
+
+    def tick(self) -> None:
+        assert self.training is not None
+        copies = {name: tensor.clone() for name, tensor in self.training.tensors().items()}
+        self.kept[self.training.steps] = copies, json.dumps(self.training.notes())
+
+    def held(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+
+@pytest.mark.parametrize(("tie", "dtype"), [(False, "float32"), (True, "bfloat16")])
+def test_goes_on_from_any_step_to_the_same_bytes(tie: bool, dtype: str) -> None:
+    settings = replace(SETTINGS, steps=20, checkpoint_steps=(0, 8, 20), dtype=dtype)
+
+    def run_from(keeper: Memory | None) -> tuple[dict[int, dict[str, torch.Tensor]], pa.Table]:
+        saved: dict[int, dict[str, torch.Tensor]] = {}
+
+        def save(step: int, model: LlamaForCausalLM, lr: float) -> None:
+            saved[step] = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+        shape = replace(SHAPE, tie=tie)
+        log = pretrain(shape, settings, planted_batch, save, lambda model: {"lm_loss_en": math.nan}, keeper=keeper)
+        return saved, log
+
+    plain, log = run_from(None)
+    keeper = Memory()
+    run_from(keeper)
+    assert list(keeper.kept) == list(range(20))
+    for step in (0, 1, 8, 13, 19):
+        saved, log_again = run_from(Memory(keeper, step))
+        assert list(saved) == [s for s in (0, 8, 20) if s >= step]
+        assert all(torch.equal(plain[s][name], saved[s][name]) for s in saved for name in plain[s])
+        assert str(log_again.to_pylist()) == str(log.to_pylist())  # NaN is not equal to itself
 
 
 def test_first_update_scales_the_embedding_rate() -> None:

@@ -15,6 +15,7 @@ from scipy.optimize import minimize
 from torch import Tensor
 
 from glottoscope.errors import InputError, NonFiniteError
+from glottoscope.sae.encoding import Preselection
 from glottoscope.sae.kernels import Forward
 from glottoscope.sae.kernels.chunked import ChunkedKernel
 from glottoscope.sae.model import TENSOR_NAMES, TopKSAE, geometric_median
@@ -162,6 +163,31 @@ def test_state_dict_resumes_exactly() -> None:
         assert resumed.steps == 4
         assert [resumed.step(x) for x in stream[4:]] == results
         assert same(weights(resumed.sae), weights(straight.sae))
+
+
+@pytest.mark.parametrize(
+    ("kernel", "preselection", "frozen"),
+    [("compiled", "none", False), ("compiled", "bf16", True), ("chunked", "bf16", False), ("reference", "none", True)],
+)
+def test_tensors_and_steps_are_all_there_is_of_a_trainer(kernel: str, preselection: Preselection, frozen: bool) -> None:
+    """Moved into a trainer with other weights and a scratch memory that others used, they give the same steps."""
+    n, stream, dirty = 200, batches(9), Scratch()
+
+    def build(seed: int, scratch: Scratch) -> SAETrainer:
+        sae = TopKSAE(D, n, K, seed)
+        return SAETrainer(sae, 3e-3, 6, kernel=kernel, preselection=preselection, frozen_decoder=frozen, scratch=scratch)
+
+    straight, moved = build(0, Scratch()), build(77, dirty)
+    for x in stream[:4]:
+        straight.step(x)
+        build(5, dirty).step(-x)
+    kept = {name: tensor.clone() for name, tensor in straight.tensors().items()}
+    assert ("W_dec.first" in kept) != frozen
+    for name, tensor in moved.tensors().items():
+        tensor.copy_(kept[name])
+    moved.resume_at(4)
+    assert [moved.step(x) for x in stream[4:]] == [straight.step(x) for x in stream[4:]]
+    assert all(torch.equal(a, straight.tensors()[name]) for name, a in moved.tensors().items())
 
 
 def test_state_of_other_settings_or_shape_is_refused() -> None:

@@ -14,6 +14,7 @@ from study_fixture import PLANTED, as_study, planted
 
 from glottoscope.atomic import TEMPORARY_PREFIX, atomic_path, is_disk_full, write_json, write_table, write_text
 from glottoscope.errors import InputError
+from glottoscope.study import artefacts
 from glottoscope.study.store import RunStore, digest, file_digest, read_parquet, tree_size
 
 MANIFEST: dict[str, Any] = {"glottoscope": "0"}
@@ -182,7 +183,8 @@ def test_done_records(tmp_path: Path) -> None:
     store.mark_done(folder, "train", "k1", {"lr": 1}, ["a"])
     store.mark_done(folder, "features", "k2", {}, [])
     record = store.done(folder)
-    assert record["train"] == {"key": "k1", "settings": {"lr": 1}, "files": {"a": file_digest(folder / "a")}}
+    written = {"key": "k1", "settings": {"lr": 1}, "files": {"a": file_digest(folder / "a")}, "sizes": {"a": 7}}
+    assert record["train"] == artefacts.signed("train", written)
     assert store.is_done(folder, "train", "k1")
     assert not store.is_done(folder, "train", "other")
     assert not store.is_done(folder, "score", "k1")
@@ -205,11 +207,11 @@ def _mark(root: str, stage: str) -> None:
 
 
 def test_no_record_is_lost_when_workers_share_a_folder(tmp_path: Path) -> None:
-    made(tmp_path)
     names = [f"clusters_{n}" for n in range(40)]
     with multiprocessing.get_context("fork").Pool(4) as pool:
         pool.starmap(_mark, [(str(tmp_path), n) for n in names], chunksize=1)
     assert set(RunStore(tmp_path).done(tmp_path)) == set(names)
+    assert [p.name for p in tmp_path.iterdir()] == ["done.json"]
 
 
 # ---- tables and housekeeping

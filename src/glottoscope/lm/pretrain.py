@@ -11,16 +11,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from glottoscope.errors import InputError, NonFiniteError
-from glottoscope.lm.training_forward import next_token_loss, rotary_tables
+from glottoscope.lm.training_forward import Rotary, next_token_loss, rotary_tables
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -145,6 +147,93 @@ def make_optimizer(model: LlamaForCausalLM, settings: PretrainSettings) -> torch
     return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, fused=True)
 
 
+class Pretraining:
+    """A pre-training between two updates: model, optimizer and log after `steps` updates.
+
+    The model stays in eval mode: training goes through `training_forward`, which knows no dropout.
+    """
+
+    def __init__(self, shape: LlamaShape, settings: PretrainSettings, device: str = "cpu") -> None:
+        self.shape, self.settings = shape, settings
+        self.model = build_model(shape, settings).eval()
+        self.model.to(torch.device(device))  # type: ignore[arg-type]
+        self.optimizer = make_optimizer(self.model, settings)
+        self.steps, self.tokens_seen = 0, 0
+        self.rows: list[dict[str, float | None]] = [
+            {"step": 0, "tokens_seen": 0, "loss": None, "lr": 0.0, "grad_norm": None},
+        ]  # fmt: skip
+        self._parameters = dict(self.model.named_parameters())
+        self._tables: Rotary | None = None
+
+    def update(self, batch: np.ndarray, held: Callable[[], AbstractContextManager[None]] = nullcontext) -> None:
+        """One update on token ids [B, T], and its row of the log.
+
+        Args:
+            held: a context entered while parameters and counters change.
+        """
+        shape, settings, model = self.shape, self.settings, self.model
+        dtype, device = DTYPES[settings.dtype], model.model.embed_tokens.weight.device
+        tokens_BT = _checked_batch(batch, shape, self.steps).to(device)
+        if self._tables is None or self._tables.cos_TE.shape[0] != tokens_BT.shape[1]:
+            self._tables = rotary_tables(model, tokens_BT.shape[1], dtype)
+        n_tokens = int((tokens_BT != shape.pad_id).sum()) if shape.pad_id is not None else tokens_BT.numel()
+        lr = learning_rate(settings, self.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group["lr_scale"]
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = next_token_loss(model, tokens_BT, self._tables, shape.pad_id)
+        loss.backward()
+        grad_norm = nn.utils.clip_grad_norm_(list(self._parameters.values()), settings.clip)
+        measured = {"loss": loss.item(), "grad_norm": grad_norm.item()}
+        for name, value in measured.items():
+            if not math.isfinite(value):
+                raise NonFiniteError(
+                    f"pre-training d_model {shape.d_model}: {name} is {value} at update {self.steps + 1} of {settings.steps}"
+                    f" (lr {lr:.2g}); lower pretrain lr or raise warmup_steps"
+                )
+        with held():
+            self.optimizer.step()
+            self.steps += 1
+            self.tokens_seen += n_tokens
+            self.rows.append({"step": self.steps, "tokens_seen": self.tokens_seen, "lr": lr, **measured})
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Parameters and AdamW's state by name: the tensors themselves, no copies."""
+        found = {name: parameter.detach() for name, parameter in self._parameters.items()}
+        for name, parameter in self._parameters.items():
+            if not self.optimizer.state[parameter]:  # as AdamW makes it at its first step
+                self.optimizer.state[parameter] = {
+                    "step": torch.zeros((), device=parameter.device),
+                    "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter),
+                }  # fmt: skip
+            found |= {f"{name}/{kind}": tensor for kind, tensor in self.optimizer.state[parameter].items()}
+        return found
+
+    def notes(self) -> dict[str, Any]:
+        """What `resume_at` needs besides the tensors, as plain values."""
+        return {"tokens_seen": self.tokens_seen, "rows": self.rows}
+
+    def resume_at(self, steps: int, notes: dict[str, Any]) -> None:
+        """Take `tensors` for those after `steps` updates."""
+        self.steps, self.tokens_seen, self.rows = steps, notes["tokens_seen"], list(notes["rows"])
+
+
+class Keeper(Protocol):
+    """Keeps the state of a training so that a killed one can go on."""
+
+    def restore(self, training: Pretraining) -> None:
+        """Called once, before the first update: may put the training where an earlier one was."""
+        ...
+
+    def tick(self) -> None:
+        """Called before every update."""
+        ...
+
+    def held(self) -> AbstractContextManager[None]:
+        """Entered while parameters and counters change."""
+        ...
+
+
 def pretrain(
     shape: LlamaShape,
     settings: PretrainSettings,
@@ -154,16 +243,19 @@ def pretrain(
     progress: Callable[[int, dict[str, float]], None] | None = None,
     *,
     device: str = "cpu",
+    keeper: Keeper | None = None,
 ) -> pa.Table:
     """Train a Llama from scratch and save it at `settings.saved_steps`.
 
     Args:
         batch_at: token ids [batch_size, T <= context_length] of update s (0-based), right-padded with `shape.pad_id`
-            if at all.
+            if at all; a function of s alone.
         save: called as save(step, model, learning rate of the last update; 0.0 at step 0); the model is in eval mode.
         evaluate: losses by name, measured at every saved step and logged as columns; the model is in eval mode, under
             no_grad.
         progress: called after every update with (updates done, the log row).
+        keeper: keeps states, from which a training goes on to the same bytes; the step it goes on from is saved,
+            evaluated and told of again.
 
     Returns:
         The training log, one row per step 0..steps: step, tokens_seen (positions that are not padding), loss (nats per
@@ -175,49 +267,25 @@ def pretrain(
             step.
         InputError: a batch holds a token id outside the vocabulary, or is longer than the context.
     """
-    model = build_model(shape, settings)
-    model.to(torch.device(device))  # type: ignore[arg-type]
-    optimizer = make_optimizer(model, settings)
-    parameters = list(model.parameters())
-    dtype = DTYPES[settings.dtype]
-    tables = None
-    tokens_seen = 0
-    rows: list[dict[str, float | None]] = []
-    row: dict[str, float | None] = {"step": 0, "tokens_seen": 0, "loss": None, "lr": 0.0, "grad_norm": None}
-    for step in range(settings.steps + 1):  # one turn: keep the model after `step` updates, then make the next update
+    training = Pretraining(shape, settings, device)
+    if keeper is not None:
+        keeper.restore(training)
+    while True:  # one turn: keep the model after `steps` updates, then make the next update
+        step, row = training.steps, training.rows[-1]
         if step in settings.saved_steps:
-            model.eval()
             if evaluate is not None:
                 with torch.no_grad():
-                    row.update(evaluate(model))
-            save(step, model, float(row["lr"] or 0.0))
-        rows.append(row)
+                    row.update(evaluate(training.model))
+            save(step, training.model, float(row["lr"] or 0.0))
         if progress is not None and step:
             progress(step, {name: value for name, value in row.items() if value is not None})
         if step == settings.steps:
-            break
-
-        tokens_BT = _checked_batch(batch_at(step), shape, step).to(device)
-        if tables is None or tables.cos_TE.shape[0] != tokens_BT.shape[1]:
-            tables = rotary_tables(model, tokens_BT.shape[1], dtype)
-        tokens_seen += int((tokens_BT != shape.pad_id).sum()) if shape.pad_id is not None else tokens_BT.numel()
-        lr = learning_rate(settings, step)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group["lr_scale"]
-        optimizer.zero_grad(set_to_none=True)
-        loss = next_token_loss(model, tokens_BT, tables, shape.pad_id)
-        loss.backward()
-        grad_norm = nn.utils.clip_grad_norm_(parameters, settings.clip)
-        measured = {"loss": loss.item(), "grad_norm": grad_norm.item()}
-        for name, value in measured.items():
-            if not math.isfinite(value):
-                raise NonFiniteError(
-                    f"pre-training d_model {shape.d_model}: {name} is {value} at update {step + 1} of {settings.steps}"
-                    f" (lr {lr:.2g}); lower pretrain lr or raise warmup_steps"
-                )
-        row = {"step": step + 1, "tokens_seen": tokens_seen, "lr": lr, **measured}
-        optimizer.step()
-    return _log_table(rows)
+            return _log_table(training.rows)
+        if keeper is None:
+            training.update(batch_at(step))
+        else:
+            keeper.tick()
+            training.update(batch_at(step), keeper.held)
 
 
 def _checked_batch(batch: np.ndarray, shape: LlamaShape, step: int) -> torch.Tensor:

@@ -107,6 +107,22 @@ class SAETrainer:
         self.steps += 1
         return {"loss": forward.loss, "lr": lr, "l0": forward.n_active / len(x_BD), "recomputed": forward.recomputed}
 
+    def tensors(self) -> dict[str, Tensor]:
+        """All that the next step depends on besides the number of steps made, by name; the tensors themselves, no copies.
+
+        The SAE's own and Adam's moments (`NAME.first`, `NAME.second`). Kernels and scratch memory keep nothing between
+        steps. To go on from tensors saved elsewhere, copy into these and call `resume_at`.
+        """
+        found = {name: getattr(self.sae, name).detach() for name in TENSOR_NAMES}
+        for kind, moments in (("first", self._adam.first), ("second", self._adam.second)):
+            found |= {f"{name}.{kind}": moment for name, moment in moments.items()}
+        return found
+
+    def resume_at(self, steps: int) -> None:
+        """Take `tensors` for those after `steps` steps."""
+        self.steps = self._adam.steps = steps
+        self.sae.b_dec_initialised = self.sae.b_dec_initialised or steps > 0
+
     def state_dict(self) -> dict[str, Any]:
         """A snapshot (copies) of the SAE's tensors, Adam's moments and the step: resumes exactly."""
         return {

@@ -56,6 +56,11 @@ class Compute(Part):
     memory_gb: PositiveFloat | None = Field(
         default=None, description="Memory for one process; layers are trained in groups that fit. Default: what is free."
     )
+    checkpoint_minutes: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = Field(
+        default=10.0,
+        description="A training's state is saved this often, from which a killed run goes on to the same bytes; 0: never. "
+        "It changes no number.",
+    )
 
 
 class Source(Part):

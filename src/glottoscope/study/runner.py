@@ -395,11 +395,16 @@ def status(root: Path) -> list[StageStatus]:
             unknown = stage  # an earlier stage has to run before its units can be told
     rows = []
     blocked = False
+    halfway = {"pretrain": pretraining.waiting(context)}
+    if unknown is None:
+        halfway["train"] = training.waiting(context)
     for stage in STAGES:
         if blocked or (unknown is not None and STAGES.index(stage) >= STAGES.index(unknown)):
             rows.append(StageStatus(stage, -1, "waits for the stages before"))
         else:
-            rows.append(StageStatus(stage, counts[stage], "done" if not counts[stage] else f"{counts[stage]} units to do"))
+            words = [f"{counts[stage]} units to do"]
+            words += [f"{w.unit} resumes at step {w.steps:,}" for w in halfway.get(stage, ()) if w.steps is not None]
+            rows.append(StageStatus(stage, counts[stage], "; ".join(words) if counts[stage] else "done"))
         blocked = blocked or counts[stage] > 0
     return rows
 
@@ -422,6 +427,7 @@ def clean(root: Path, *, dry_run: bool = False) -> list[tuple[Path, int]]:
                 seeds = sorted(layer.glob("seed_*"))
                 unwanted = [s for s in seeds if s not in wanted]
                 removed += [(layer, 0)] if seeds and len(unwanted) == len(seeds) else [(s, 0) for s in unwanted]
+        removed += [(w.folder, 0) for w in (*pretraining.waiting(context), *training.waiting(context)) if w.steps is None]
         for run in pretraining.pretrained_runs(context):
             removed += [(p, 0) for p in sorted(store.model_dir(run.name).glob("step_*")) if p not in wanted]
         if dry_run:

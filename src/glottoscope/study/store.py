@@ -1,36 +1,43 @@
 """The run directory: the only module that knows its paths, and the only one that says what is complete.
 
 Every artefact folder ends with its own `done.json`, written last. It maps a stage to the key of what made the
-artefact (a hash over settings and the keys of its inputs) and to the hashes of the files made. A stage whose key is
-already there is not run again; nothing else is kept, so nothing grows with the number of cells.
+artefact (a hash over settings and the keys of its inputs) and to the hashes and sizes of the files made. A stage whose
+key is already there is not run again; nothing else is kept, so nothing grows with the number of cells.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glottoscope.atomic import TEMPORARY_PREFIX, write_json, write_text
 from glottoscope.errors import InputError
+from glottoscope.study import artefacts
 from glottoscope.study.config import Study
 from glottoscope.study.load import dump_study, parse_study
+from glottoscope.study.locks import RUN_HOLDER, RUN_LOCK, hold_records, hold_run
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 SCHEMA = 1
+RESUME_FOLDER = ".resume"
 
 
 def digest(*parts: Any) -> str:
     """Hash of plain values (JSON with sorted keys): the key of an artefact."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:32]
+
+
+def json_text(value: Any) -> str:
+    """What `write_json` writes: equal values give equal bytes."""
+    return json.dumps(value, ensure_ascii=False, indent=2, sort_keys=True) + "\n"
 
 
 def file_digest(path: Path) -> str:
@@ -68,13 +75,32 @@ class RunStore:
         self.check_owner(study)
         try:
             self.root.mkdir(parents=True, exist_ok=True)
+            # What merged runs were made with stays known.
+            known = {"merged": merged} if (merged := self._merged()) else {}
+            identity = {"schema": SCHEMA, "study": study.study.name, **known, **manifest}
+            text, key = dump_study(study), digest(identity, study.dump())
+            if self._holds(text, identity) and self.is_done(self.root, "study", key):
+                return
             # The manifest names the owner, so it must never be missing beside a study file.
-            write_json(self.manifest_path, {"schema": SCHEMA, "study": study.study.name, **manifest})
-            write_text(self.study_path, dump_study(study))
+            write_json(self.manifest_path, identity)
+            write_text(self.study_path, text)
+            self.mark_done(self.root, "study", key, {"name": study.study.name}, [self.manifest_path.name, self.study_path.name])
         except PermissionError as error:
             raise InputError(f"{self.root} cannot be written ({error.strerror}): choose another --out") from None
         except OSError as error:
             raise InputError(f"{self.root} cannot be made ({error.strerror}): choose another --out") from None
+
+    def _holds(self, text: str, identity: Mapping[str, Any]) -> bool:
+        """Whether study file and manifest say just this; half a pair, or a damaged one, does not."""
+        try:
+            return self.study_path.read_text(encoding="utf-8") == text and self.manifest() == identity
+        except (OSError, ValueError, DamagedManifest):
+            return False
+
+    def _merged(self) -> list[Any]:
+        with contextlib.suppress(InputError, OSError):
+            return list(self.manifest().get("merged", ()))
+        return []
 
     def check_owner(self, study: Study) -> None:
         """Refuse a folder that is not this study's to write in. Changes nothing.
@@ -85,16 +111,22 @@ class RunStore:
         """
         if self.root.exists() and not self.root.is_dir():
             raise InputError(f"{self.root} is a file, not a folder: choose another --out")
-        if self.manifest_path.exists() or self.study_path.exists():
+        if self.manifest_path.exists() or self.study_path.exists() or "study" in self.done(self.root):
             owner = self._owner()
             if owner != study.study.name:
                 raise InputError(f"{self.root} belongs to the study {owner!r}, not to {study.study.name!r}: choose another --out")
         # What a killed start leaves (its lock, temporary files) is no one's property.
-        elif self.root.is_dir() and any(p.name != ".lock" and not p.name.startswith(TEMPORARY_PREFIX) for p in self.root.iterdir()):
+        elif self.root.is_dir() and any(
+            p.name not in (RUN_LOCK, RUN_HOLDER) and not p.name.startswith(TEMPORARY_PREFIX) for p in self.root.iterdir()
+        ):
             raise InputError(f"{self.root} is not empty and is no run directory: choose another --out")
 
     def _owner(self) -> str:
-        """Name of the study that this directory belongs to; a damaged manifest is mended from study.toml."""
+        """Name of the study that this directory belongs to: of its record, which has a checksum; else of the manifest, else of
+        study.toml. A run mends all of them."""
+        record = self.done(self.root).get("study", {})
+        if artefacts.is_whole("study", record) and "name" in record["settings"]:
+            return record["settings"]["name"]
         try:
             return self.manifest()["study"]
         except DamagedManifest:
@@ -129,22 +161,9 @@ class RunStore:
         text = self.study_path.read_text(encoding="utf-8")
         return parse_study(text, name=str(self.study_path), folder=self.root)
 
-    @contextlib.contextmanager
-    def lock(self) -> Iterator[None]:
+    def lock(self) -> contextlib.AbstractContextManager[None]:
         """Hold the directory for this process: two runs on one directory would redo each other's work."""
-        try:
-            self.root.mkdir(parents=True, exist_ok=True)
-            handle = open(self.root / ".lock", "w")  # noqa: SIM115 - held for the whole run
-        except OSError as error:
-            raise InputError(f"{self.root} cannot be written ({error.strerror}): choose another --out") from None
-        try:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise InputError(f"another process is running the study in {self.root}: wait for it or stop it") from None
-            yield
-        finally:
-            handle.close()
+        return hold_run(self.root)
 
     # ---- paths
 
@@ -163,6 +182,10 @@ class RunStore:
     def checkpoint_dir(self, model: str, step: int) -> Path:
         return self.model_dir(model) / f"step_{step}"
 
+    def pretrain_states_dir(self, model: str) -> Path:
+        """Hidden folder of the states of a model's training that is not done; gone when it is."""
+        return self.model_dir(model) / RESUME_FOLDER
+
     @property
     def tokens_dir(self) -> Path:
         return self.root / "tokens"
@@ -177,6 +200,13 @@ class RunStore:
 
     def cell_dir(self, model: str, step: int) -> Path:
         return self.cells_dir / f"{model}@{step}"
+
+    def train_states_dir(self, model: str, step: int) -> Path:
+        """Hidden folder of the states of a cell's SAE trainings that are not done: a folder for each group of layers."""
+        return self.cell_dir(model, step) / RESUME_FOLDER
+
+    def train_state_dir(self, model: str, step: int, layers: Sequence[int]) -> Path:
+        return self.train_states_dir(model, step) / f"layers_{_ranges(layers)}"
 
     def setup_dir(self, model: str, step: int, layer: int, seed: int) -> Path:
         return self.cell_dir(model, step) / f"layer_{layer:02d}" / f"seed_{seed}"
@@ -209,12 +239,24 @@ class RunStore:
         return self.root / "report"
 
     @property
+    def labels_path(self) -> Path:
+        """What people say of the features: the one file that is no result of the study, and that no stage touches."""
+        return self.root / "labels" / "labels.jsonl"
+
+    def sae_hash(self, setup: str) -> str:
+        """First 16 digits of the SHA-256 of the SAE of `setup` (its folder below cells/); "" where none is complete."""
+        record = self.done(self.cells_dir / setup).get("train")
+        files = record.get("files") if isinstance(record, dict) else None
+        return str(files.get("sae.safetensors", ""))[:16] if isinstance(files, dict) else ""
+
+    @property
     def sources_path(self) -> Path:
         return self.root / "sources.json"
 
     def record_sources(self, hashes: Mapping[str, str]) -> None:
         """Keep the hashes of the corpus files: path -> SHA-256."""
         write_json(self.sources_path, dict(hashes))
+        self.mark_done(self.root, "sources", digest(dict(hashes)), {}, [self.sources_path.name])
 
     def recorded_sources(self) -> dict[str, str]:
         """What `record_sources` kept; empty where nothing was."""
@@ -234,7 +276,7 @@ class RunStore:
         """Stage -> record of an artefact folder; empty where nothing is complete."""
         try:
             record = json.loads((folder / "done.json").read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return {}
         except ValueError:
             record = None
@@ -254,20 +296,73 @@ class RunStore:
         Without it an interrupted rewrite, followed by a return to the old settings, would pass for complete.
         """
         if (folder / "done.json").exists():
-            with _locked(folder):
+            with hold_records(folder):
                 record = self.done(folder)
                 kept = {name: value for name, value in record.items() if name not in stages}
                 if kept != record:
                     write_json(folder / "done.json", kept)
 
     def mark_done(self, folder: Path, stage: str, key: str, settings: Mapping[str, Any], files: list[str]) -> None:
-        """Write the record of a completed stage, last of all, with the hashes of its files."""
+        """Write the record of a completed stage, last of all, with the hashes and sizes of its files."""
         hashes = {name: file_digest(folder / name) for name in sorted(files)}
+        sizes = {name: (folder / name).stat().st_size for name in hashes}
+        self.adopt(folder, stage, {"key": key, "settings": dict(settings), "files": hashes, "sizes": sizes})
+
+    def adopt(self, folder: Path, stage: str, record: Mapping[str, Any]) -> None:
+        """Write a record whose files are there, with a checksum of itself."""
+        lost = self._damaged().get(self._name(folder), {}).get(stage)
+        if lost is not None and lost.get("key") == record["key"] and lost.get("files") != record["files"]:
+            # Repaired on another machine, last bits may differ: what was made from the old bytes is made again.
+            for other, stages in artefacts.dependants(self.root, self._name(folder), stage).items():
+                self.begin(self.root / other, *stages)
         # Several units complete stages of one folder (rulers, layer groups): without the lock one of two would be lost.
-        with _locked(folder):
-            record = self.done(folder)
-            record[stage] = {"key": key, "settings": dict(settings), "files": hashes}
-            write_json(folder / "done.json", record)
+        with hold_records(folder):
+            whole = {**self.done(folder), stage: artefacts.signed(stage, record)}
+            write_text(folder / "done.json", json_text(whole))
+        if lost is not None:
+            self._note_damaged(folder, {stage: None})
+
+    # ---- damage
+
+    @property
+    def damaged_path(self) -> Path:
+        """What `verify` found damaged and no run has made again yet: folder -> stage -> key and hashes."""
+        return self.root / "damaged.json"
+
+    def forget(self, folder: Path, *stages: str) -> None:
+        """Say that files of `stages` are damaged: the next run makes these stages again.
+
+        What was made from them stays, unless the new bytes differ from those on record.
+        """
+        record = self.done(folder)
+        whole = [s for s in stages if artefacts.is_whole(s, record.get(s))]
+        if whole:
+            self._note_damaged(folder, {s: {k: record[s][k] for k in ("key", "files")} for s in whole})
+        self.begin(folder, *stages)
+
+    def is_repair(self, folder: Path, stage: str, key: str) -> bool:
+        """Whether making `stage` with this key only mends damage, so that what was made from it can stay."""
+        return self._damaged().get(self._name(folder), {}).get(stage, {}).get("key") == key
+
+    def _name(self, folder: Path) -> str:
+        return folder.relative_to(self.root).as_posix()
+
+    def _damaged(self) -> dict[str, dict[str, Any]]:
+        try:
+            found = json.loads(self.damaged_path.read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    def _note_damaged(self, folder: Path, changes: Mapping[str, Any]) -> None:
+        with hold_records(self.root):
+            found, name = self._damaged(), self._name(folder)
+            stages = {k: v for k, v in {**found.get(name, {}), **changes}.items() if v is not None}
+            found = {k: v for k, v in {**found, name: stages}.items() if v}
+            if found:
+                write_json(self.damaged_path, found)
+            else:
+                self.damaged_path.unlink(missing_ok=True)
 
     # ---- tables
 
@@ -306,15 +401,15 @@ class RunStore:
         return sorted(self.root.rglob(f"{TEMPORARY_PREFIX}*"))
 
 
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold a folder against other processes of this run; the system lets go of it when a process dies."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
+def _ranges(numbers: Sequence[int]) -> str:
+    """0, 1, 2, 5 as "0-2,5"."""
+    runs: list[list[int]] = []
+    for n in sorted(numbers):
+        if runs and n == runs[-1][1] + 1:
+            runs[-1][1] = n
+        else:
+            runs.append([n, n])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
 
 
 def read_parquet(path: Path) -> pa.Table:

@@ -18,6 +18,7 @@ from glottoscope.errors import InputError
 from glottoscope.study.config import PlantedCorpus, PretrainModel, TextCorpus
 from glottoscope.study.plan import Cell, ModelRun, seed_for
 from glottoscope.study.stages.context import Context
+from glottoscope.study.stages.resuming import VERSION, Keeper, Waiting, newest, surroundings
 from glottoscope.study.stages.tokenizing import (
     aligned_pairs,
     documents_of,
@@ -25,6 +26,7 @@ from glottoscope.study.stages.tokenizing import (
     load_run_tokenizer,
     read_json,
 )
+from glottoscope.study.store import digest
 
 EVALUATION_BLOCKS = 64  # validation sequences per language whose loss is logged at every checkpoint
 # What code switching injects is reported; this many pairs of the dictionary are kept as examples.
@@ -205,7 +207,7 @@ def _reading_text(context: Context, corpus: TextCorpus, run: ModelRun, spec: Pre
 
 
 def pretrain_model(root: str, name: str, report: Any) -> None:
-    """Train one model and save its checkpoints; a model that was interrupted starts over (and gives the same bytes)."""
+    """Train one model and save its checkpoints; one that was stopped goes on from its last state, to the same bytes."""
     from glottoscope.lm.pretrain import LlamaShape, PretrainSettings, pretrain
 
     context = Context.open(root)
@@ -224,27 +226,37 @@ def pretrain_model(root: str, name: str, report: Any) -> None:
         checkpoint_steps=spec.checkpoints, seed=seed_for(context.study, "lm-weights", run.lm_seed),
     )  # fmt: skip
     cells = {c.step: Cell(run, c) for c in run.checkpoints}
-    weights: dict[int, list[str]] = {}
+
+    def is_saved(step: int) -> bool:
+        return store.is_done(store.checkpoint_dir(name, step), "pretrain", context.lm_key(cells[step]))
 
     def save(step: int, model: Any, lr: float) -> None:
         folder = store.checkpoint_dir(name, step)
-        key = context.lm_key(cells[step])
-        if store.is_done(folder, "pretrain", key):
+        if is_saved(step):
             return
         with atomic_path(folder) as temporary:
             model.save_pretrained(str(temporary))
             for file in store.tokenizer_dir.iterdir():
                 if file.is_file() and file.name != "done.json":
                     shutil.copyfile(file, temporary / file.name)
-        weights[step] = sorted(p.name for p in folder.iterdir() if p.is_file())
-        store.mark_done(folder, "pretrain", key, {"learning_rate": lr}, weights[step])
+        files = sorted(p.name for p in folder.iterdir() if p.is_file())
+        store.mark_done(folder, "pretrain", context.lm_key(cells[step]), {"learning_rate": lr}, files)
+
+    device = context.device()
+    keeper = Keeper(
+        store.pretrain_states_dir(name), wanted_state(context, run), surroundings(device), context.study.compute.checkpoint_minutes,
+        # Checkpoints before a state are not made again from it.
+        usable=lambda steps: all(is_saved(step) for step in cells if step < steps),
+    )  # fmt: skip
 
     def progress(step: int, row: dict[str, float]) -> None:
         if step % 20 == 0 or step == spec.steps:
-            report(step, spec.steps, f"loss {row['loss']:.2f}")
+            report(step, spec.steps, f"loss {row['loss']:.2f}{keeper.words}")
 
-    device = str(context.device())
-    log = pretrain(shape, settings, reading.batch_at, save, _evaluator(reading, device), progress, device=device)
+    with keeper:
+        log = pretrain(
+            shape, settings, reading.batch_at, save, _evaluator(reading, str(device)), progress, device=str(device), keeper=keeper
+        )  # fmt: skip
     store.model_dir(name).mkdir(parents=True, exist_ok=True)
     store.begin(store.model_dir(name), "pretrain")
     write_table(store.model_dir(name) / "log.parquet", log)
@@ -253,6 +265,24 @@ def pretrain_model(root: str, name: str, report: Any) -> None:
         store.model_dir(name), "pretrain", context.pretrain_key(run), spec.model_dump(mode="json"),
         ["log.parquet", "reading.json"],
     )  # fmt: skip
+    keeper.done()
+
+
+def wanted_state(context: Context, run: ModelRun) -> dict[str, str]:
+    """The part of a training's state, and its key: the log has the losses at the checkpoints, so they count."""
+    assert isinstance(run.spec, PretrainModel)
+    return {"model": digest(VERSION, context.pretrain_key(run), run.spec.checkpoints)}
+
+
+def waiting(context: Context) -> list[Waiting]:
+    """States of models whose training was stopped, and whether a run would go on from them."""
+    found = []
+    for run in pretrained_runs(context):
+        folder = context.store.pretrain_states_dir(run.name)
+        if folder.is_dir():
+            wanted = {} if is_pretrained(context, run) else wanted_state(context, run)
+            found.append(Waiting(folder, run.name, newest(folder, wanted)))
+    return found
 
 
 def _evaluator(reading: Reading, device: str) -> Callable[[Any], dict[str, float]]:

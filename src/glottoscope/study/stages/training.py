@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,15 +19,18 @@ from glottoscope.lm.layers import embedding_module
 from glottoscope.sae.model import TopKSAE
 from glottoscope.sae.quality import QualityAccumulator
 from glottoscope.sae.scratch import Scratch
-from glottoscope.sae.stream import ShuffledActivations
+from glottoscope.sae.stream import Batch, Chunk, ShuffledActivations
 from glottoscope.sae.trainer import SAETrainer
 from glottoscope.study.plan import Cell, seed_for
 from glottoscope.study.stages.context import Context, bucketed, hidden_states
+from glottoscope.study.stages.resuming import VERSION, Keeper, Waiting, newest, surroundings
 from glottoscope.study.stages.tokenizing import read_json
+from glottoscope.study.store import digest
 
 CURVE_POINTS = 200  # rows of a setup's loss curve
 
-Trainers = dict[tuple[int, float, int], SAETrainer]  # (layer, learning rate, SAE seed)
+Key = tuple[int, float, int]  # layer, learning rate, SAE seed
+Trainers = dict[Key, SAETrainer]
 
 
 def missing_layers(context: Context, cell: Cell, layers: Sequence[int]) -> list[int]:
@@ -34,8 +38,82 @@ def missing_layers(context: Context, cell: Cell, layers: Sequence[int]) -> list[
     return [layer for layer in layers if context.missing_seeds("train", cell, layer)]
 
 
+class CellTraining:
+    """The trainers of some layers of one cell between two steps, and what is kept of how they got on."""
+
+    def __init__(self, trainers: Trainers, total: int) -> None:
+        self.trainers = trainers
+        self.steps = 0
+        self.curves: dict[Key, list[tuple[int, float, float, float]]] = {key: [] for key in trainers}
+        self.recomputed = dict.fromkeys(trainers, 0)
+        self.loss = float("nan")
+        self._total, self._every = total, max(1, total // CURVE_POINTS)
+
+    def step(self, batch: Batch) -> None:
+        """One step of every trainer.
+
+        Raises:
+            NonFiniteError: names the layer.
+        """
+        n = self.steps
+        for key, trainer in self.trainers.items():
+            try:
+                result = trainer.step(batch[key[0]])
+            except NonFiniteError as error:
+                raise NonFiniteError(f"layer {key[0]}: {error}") from None
+            self.recomputed[key] += int(result["recomputed"])
+            if n % self._every == 0 or n == self._total - 1:
+                self.curves[key].append((n, result["loss"], result["lr"], result["l0"]))
+                self.loss = result["loss"]
+        self.steps += 1
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {f"{_name(key)}/{name}": x for key, trainer in self.trainers.items() for name, x in trainer.tensors().items()}
+
+    def notes(self) -> dict[str, Any]:
+        return {_name(key): {"curve": self.curves[key], "recomputed": self.recomputed[key]} for key in self.trainers}
+
+    def resume_at(self, steps: int, notes: dict[str, Any]) -> None:
+        self.steps = steps
+        for key, trainer in self.trainers.items():
+            trainer.resume_at(steps)
+            self.curves[key] = [tuple(row) for row in notes[_name(key)]["curve"]]
+            self.recomputed[key] = notes[_name(key)]["recomputed"]
+            self.loss = self.curves[key][-1][1]
+
+
+def _part(layer: int, seed: int) -> str:
+    return f"layer_{layer}/seed_{seed}"
+
+
+def _name(key: Key) -> str:
+    layer, lr, seed = key
+    return f"{_part(layer, seed)}/lr_{lr}"
+
+
+def missing_parts(context: Context, cell: Cell, layers: Sequence[int]) -> dict[str, str]:
+    """Part of a training's state -> key of the SAE it is to become, for the SAEs that are not trained yet."""
+    return {
+        _part(layer, seed): digest(VERSION, context.train_key(cell, layer, seed))
+        for layer in layers
+        for seed in context.missing_seeds("train", cell, layer)
+    }
+
+
+def waiting(context: Context) -> list[Waiting]:
+    """States of SAE trainings that were stopped, and whether a run would go on from them."""
+    found = []
+    for cell in context.cells:
+        folders = sorted(context.store.train_states_dir(cell.model.name, cell.checkpoint.step).glob("layers_*"))
+        missing = missing_parts(context, cell, cell.model.known_layers()) if folders else {}
+        found += [Waiting(f, f"{cell.name} {f.name.replace('_', ' ')}", newest(f, missing)) for f in folders]
+    return found
+
+
 def train_cell(root: str, model: str, step: int, layers: tuple[int, ...], report: Any) -> None:
     """Train the SAEs of some layers of one cell and save the ones with the chosen learning rate.
+
+    A training that was stopped goes on from its last state, to the same bytes.
 
     Raises:
         InputError: fewer tokens than a batch, a checkpoint that cannot be read.
@@ -43,10 +121,8 @@ def train_cell(root: str, model: str, step: int, layers: tuple[int, ...], report
     """
     context = Context.open(root)
     cell = context.cell_of(model, step)
-    study, sae = context.study, context.study.sae
+    study, sae, store = context.study, context.study.sae, context.store
     lm = context.load_lm(cell)
-    shape = cell.model.shape
-    assert shape is not None
     n_rows, n_entries = embedding_module(lm).num_embeddings, context.token_info.vocab_size
     if n_rows < n_entries:
         raise InputError(
@@ -54,8 +130,47 @@ def train_cell(root: str, model: str, step: int, layers: tuple[int, ...], report
         )
     rates = {layer: _grid(context, cell, layer) for layer in layers}
     seeds = {layer: context.missing_seeds("train", cell, layer) for layer in layers}
+    training = CellTraining(_trainers(context, cell, rates, seeds), sae.n_steps)
+    blocks = context.blocks("train")
+    stream = ShuffledActivations(
+        lambda epoch: _chunks(context, lm, cell, blocks, layers, _order(context, len(blocks.tokens), epoch)),
+        batch_size=sae.batch_tokens, n_steps=sae.n_steps, buffer_tokens=max(sae.buffer_tokens, sae.batch_tokens),
+        seed=seed_for(study, "stream"),
+    )  # fmt: skip
+    kernel = next(iter(training.trainers.values())).kernel.name
+    keeper = Keeper(
+        store.train_state_dir(model, step, layers), missing_parts(context, cell, layers),
+        surroundings(context.device(), kernel=kernel), study.compute.checkpoint_minutes,
+        sorted(store.train_states_dir(model, step).glob("layers_*")),
+    )  # fmt: skip
+    with keeper:
+        keeper.restore(training)
+        for batch in _checked(stream.iterate_from(training.steps), training):
+            with keeper.held():
+                try:
+                    training.step(batch)
+                except NonFiniteError as error:
+                    raise NonFiniteError(f"cell {cell.name}, {error}") from None
+            keeper.tick()
+            if (training.steps - 1) % 25 == 0:
+                report(training.steps - 1, sae.n_steps, f"loss {training.loss:.3f}{keeper.words}")
+        report(sae.n_steps, sae.n_steps, "validation")
+        validation = _validate(context, lm, cell, training.trainers, layers)
+    for layer in layers:
+        # The first seed chooses for all, so that seeds can be added later.
+        chooser = min(seeds[layer])
+        chosen = min(rates[layer], key=lambda lr: (validation[layer, lr, chooser], lr))
+        for seed in seeds[layer]:
+            losses = {lr: validation[layer, lr, seed] for lr in rates[layer]}
+            _save(context, cell, training, (layer, chosen, seed), losses)
+    keeper.done(missing_parts(context, cell, cell.model.known_layers()))
+
+
+def _trainers(context: Context, cell: Cell, rates: dict[int, tuple[float, ...]], seeds: dict[int, list[int]]) -> Trainers:
+    study, sae, shape = context.study, context.study.sae, cell.model.shape
+    assert shape is not None
     scratch = Scratch()  # one for all: they take turns
-    trainers: Trainers = {
+    return {
         (layer, lr, seed): SAETrainer(
             # The same start for every checkpoint of a layer removes one source of difference between them.
             TopKSAE(
@@ -66,57 +181,34 @@ def train_cell(root: str, model: str, step: int, layers: tuple[int, ...], report
             frozen_decoder=cell.model.control == "frozen_decoder", kernel=sae.kernel, preselection=sae.preselection,
             scratch=scratch,
         )
-        for layer in layers for lr in rates[layer] for seed in seeds[layer]
+        for layer in rates for lr in rates[layer] for seed in seeds[layer]
     }  # fmt: skip
-    blocks = context.blocks("train")
-    stream = ShuffledActivations(
-        lambda epoch: _chunks(context, lm, cell, blocks, layers, _order(context, len(blocks.tokens), epoch)),
-        batch_size=sae.batch_tokens, n_steps=sae.n_steps, buffer_tokens=max(sae.buffer_tokens, sae.batch_tokens),
-        seed=seed_for(study, "stream"),
+
+
+def _save(context: Context, cell: Cell, training: CellTraining, key: Key, losses: dict[float, float]) -> None:
+    """Save the SAE of a setup, with the validation loss of each learning rate tried, and mark it done."""
+    (layer, chosen, seed), sae = key, context.study.sae
+    trainer = training.trainers[key]
+    model, step = cell.model.name, cell.checkpoint.step
+    folder = context.store.setup_dir(model, step, layer, seed)
+    # An older SAE's features are worth nothing beside a new one's weights.
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    grid = {str(lr): loss for lr, loss in losses.items()}
+    extra = {
+        "model": model, "step": step, "tokens_seen": cell.checkpoint.tokens_seen, "layer": layer, "sae_seed": seed,
+        "lr": chosen, "grid": grid, "steps": sae.n_steps, "control": cell.model.control, "kernel": trainer.kernel.name,
+    }  # fmt: skip
+    if sae.preselection != "none":
+        extra["preselection"] = {"kind": sae.preselection, "rows_recomputed": training.recomputed[key],
+                                 "rows": sae.n_steps * sae.batch_tokens}  # fmt: skip
+    trainer.sae.save(folder, extra)
+    write_table(folder / "training.parquet", _curve(training.curves, layer, seed, list(losses), chosen))
+    context.store.mark_done(
+        folder, "train", context.train_key(cell, layer, seed), {"lr": chosen, "grid": grid},
+        ["sae.safetensors", "cfg.json", "training.parquet"],
     )  # fmt: skip
-    every = max(1, sae.n_steps // CURVE_POINTS)
-    curves: dict[tuple[int, float, int], list[tuple[int, float, float, float]]] = {key: [] for key in trainers}
-    loss = float("nan")
-    recomputed = dict.fromkeys(trainers, 0)
-    for n, batch in _numbered(stream):
-        for key, trainer in trainers.items():
-            try:
-                result = trainer.step(batch[key[0]])
-            except NonFiniteError as error:
-                raise NonFiniteError(f"cell {cell.name}, layer {key[0]}: {error}") from None
-            recomputed[key] += int(result["recomputed"])
-            if n % every == 0 or n == sae.n_steps - 1:
-                curves[key].append((n, result["loss"], result["lr"], result["l0"]))
-                loss = result["loss"]
-        if n % 25 == 0:
-            report(n, sae.n_steps, f"loss {loss:.3f}")
-    report(sae.n_steps, sae.n_steps, "validation")
-    validation = _validate(context, lm, cell, trainers, layers)
-    for layer in layers:
-        # The first seed chooses for all, so that seeds can be added later.
-        chooser = min(seeds[layer])
-        chosen = min(rates[layer], key=lambda lr: (validation[layer, lr, chooser], lr))
-        for seed in seeds[layer]:
-            losses = {str(lr): validation[layer, lr, seed] for lr in rates[layer]}
-            folder = context.store.setup_dir(model, step, layer, seed)
-            # An older SAE's features are worth nothing beside a new one's weights.
-            if folder.exists():
-                shutil.rmtree(folder)
-            folder.mkdir(parents=True)
-            extra = {
-                "model": model, "step": step, "tokens_seen": cell.checkpoint.tokens_seen, "layer": layer,
-                "sae_seed": seed, "lr": chosen, "grid": losses, "steps": sae.n_steps, "control": cell.model.control,
-                "kernel": trainers[layer, chosen, seed].kernel.name,
-            }  # fmt: skip
-            if sae.preselection != "none":
-                extra["preselection"] = {"kind": sae.preselection, "rows_recomputed": recomputed[layer, chosen, seed],
-                                         "rows": sae.n_steps * sae.batch_tokens}  # fmt: skip
-            trainers[layer, chosen, seed].sae.save(folder, extra)
-            write_table(folder / "training.parquet", _curve(curves, layer, seed, rates[layer], chosen))
-            context.store.mark_done(
-                folder, "train", context.train_key(cell, layer, seed), {"lr": chosen, "grid": losses},
-                ["sae.safetensors", "cfg.json", "training.parquet"],
-            )  # fmt: skip
 
 
 def chosen_lr(context: Context, cell: Cell, layer: int) -> float:
@@ -138,15 +230,12 @@ def _grid(context: Context, cell: Cell, layer: int) -> tuple[float, ...]:
     return lr if chooses else (chosen_lr(context, cell, layer),)
 
 
-def _numbered(stream: Iterable[dict[int, Tensor]]) -> Iterator[tuple[int, dict[int, Tensor]]]:
-    """(SAE step, batch); an error of the language model's pass says which step it kept from being made."""
-    n = 0
+def _checked(stream: Iterable[Batch], training: CellTraining) -> Iterator[Batch]:
+    """The batches; an error of the language model's pass says which SAE step it kept from being made."""
     try:
-        for batch in stream:
-            yield n, batch
-            n += 1
+        yield from stream
     except NonFiniteError as error:
-        raise NonFiniteError(f"{error}; found before SAE step {n}, no weight has changed since") from None
+        raise NonFiniteError(f"{error}; found before SAE step {training.steps}, no weight has changed since") from None
 
 
 def _order(context: Context, n_blocks: int, epoch: int) -> np.ndarray:
@@ -156,27 +245,31 @@ def _order(context: Context, n_blocks: int, epoch: int) -> np.ndarray:
 
 def _chunks(
     context: Context, lm: Any, cell: Cell, blocks: TokenBlocks, layers: Sequence[int], order: np.ndarray
-) -> Iterator[dict[int, Tensor]]:
-    """Hidden states at the positions that count, batch by batch: layer -> [M, D]."""
+) -> Iterator[Chunk]:
+    """Hidden states at the positions that count, one chunk for each of the language model's batches."""
     special = context.token_info.special_ids
     for _, tokens, language in bucketed(blocks, order, context.study.compute.lm_batch):
-        mask = torch.from_numpy(position_mask(tokens, language, special)).flatten()
-        states = hidden_states(lm, tokens, attention_mask(language), layers, cell)
-        kept = torch.nonzero(mask).flatten()
-        yield {layer: x_BTD.flatten(0, 1).index_select(0, kept.to(x_BTD.device)) for layer, x_BTD in states.items()}
+        kept_M = torch.from_numpy(np.flatnonzero(position_mask(tokens, language, special)))
+        yield Chunk(len(kept_M), partial(_states, lm, cell, layers, tokens, language, kept_M))
 
 
-def _validate(
-    context: Context, lm: Any, cell: Cell, trainers: Trainers, layers: Sequence[int]
-) -> dict[tuple[int, float, int], float]:
+def _states(
+    lm: Any, cell: Cell, layers: Sequence[int], tokens_BT: np.ndarray, language_BT: np.ndarray, kept_M: Tensor
+) -> dict[int, Tensor]:
+    states = hidden_states(lm, tokens_BT, attention_mask(language_BT), layers, cell)
+    return {layer: x_BTD.flatten(0, 1).index_select(0, kept_M.to(x_BTD.device)) for layer, x_BTD in states.items()}
+
+
+def _validate(context: Context, lm: Any, cell: Cell, trainers: Trainers, layers: Sequence[int]) -> dict[Key, float]:
     """Validation loss of every trainer: mean over positions of ||u - u_hat||^2, one LM pass for all."""
     shape = cell.model.shape
     assert shape is not None
     quality = {key: QualityAccumulator(shape.d_model, 1) for key in trainers}
     blocks = context.blocks("validation")
     for chunk in _chunks(context, lm, cell, blocks, layers, np.arange(len(blocks.tokens))):
+        states = chunk.states()
         for key, trainer in trainers.items():
-            x_MD = chunk[key[0]]
+            x_MD = states[key[0]]
             values, indices = trainer.sae.encode(x_MD)
             l0 = (values > 0).sum(1)
             quality[key].update(trainer.sae.normalize(x_MD), trainer.sae.decode(values, indices), l0, torch.zeros(len(x_MD)))
