@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import json
 import os
@@ -549,7 +550,7 @@ class Terminal:
             [sys.executable, "-m", "glottoscope.cli", "label", str(root), "--rater", "mari", *arguments],
             stdin=slave, stdout=slave, stderr=slave, start_new_session=True, close_fds=True,
             env={**environment(), "TERM": "xterm-256color", "COLUMNS": "100", "LANG": "C.UTF-8"},
-            preexec_fn=lambda: __import__("fcntl").ioctl(0, termios.TIOCSCTTY, 0),  # Ctrl-C is the terminal's own
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # so that Ctrl-C is the terminal's to send
         )  # fmt: skip
         self.seen = ""
 
@@ -604,7 +605,7 @@ def test_a_terminal_takes_keys_one_by_one(root: Path, terminal: Callable[..., Te
     here.type("4")
     here.wait_for("4 token-level")
     here.wait_for(PROMPT)
-    here.type("\x1b[A\x1bOP")  # an arrow and F1 are no answers
+    here.type("\x1b[A\x1bOP\x1b[15~\x1b[1;5C")  # arrows and function keys are no answers
     here.type("n")
     here.wait_for("note: ")
     here.type("x\x7f犬の話\r")  # the terminal's own line editing

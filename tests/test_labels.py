@@ -286,6 +286,15 @@ def test_labels_of_an_sae_that_was_trained_again_are_left_out(tmp_path: Path) ->
     assert [(x.setup, x.granularity) for x in LabelStore(run.labels_path).latest()] == [(SETUP, 1), (OTHER, 1)]
 
 
+@pytest.mark.parametrize("record", ["{", "[]", "{}", '{"train": 3}', '{"train": {"files": []}}', '{"train": {"files": {}}}'])
+def test_a_setup_without_a_whole_record_has_no_sae(tmp_path: Path, record: str) -> None:
+    run = RunStore(tmp_path / "run")
+    (run.cells_dir / SETUP).mkdir(parents=True)
+    (run.cells_dir / SETUP / "done.json").write_text(record, encoding="utf-8")
+    assert run.sae_hash(SETUP) == ""
+    assert LabelStore(run.labels_path).append(label()).sae == ""
+
+
 # ---- CSV
 
 

@@ -263,6 +263,77 @@ def comet_setup(
     print(f"ready: {make_comet_environment(folder, python, extra_index)}")
 
 
+@app.command(epilog="Examples: `glottoscope browse runs/planted` ; `glottoscope browse runs/planted --port 0 --rater mari --open`")
+def browse(
+    run_dir: RunDir,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 for any free one.")] = 8000,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on. Other machines see the run and may label where it is not loopback.")
+    ] = "127.0.0.1",
+    rater: Annotated[str | None, typer.Option(help="Name that labels are saved under. Default: the user's.")] = None,
+    open_: Annotated[bool, typer.Option("--open", help="Open the first page in a browser.")] = False,
+) -> None:
+    """Look at the features of a run in a web browser, and label them. Ctrl-C ends it."""
+    from glottoscope.study.engine import stop_on_sigterm
+    from glottoscope.study.serving import browse as serve_run
+
+    stop_on_sigterm()
+    serve_run(run_dir, host=host, port=port, rater=rater, open_browser=open_, console=_console())
+
+
+@app.command(epilog="Example: `glottoscope export runs/planted site`")
+def export(
+    run_dir: RunDir,
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to write the site into.", show_default=False)],
+    force: Annotated[
+        bool, typer.Option("--force", help="Also remove files of an earlier export that are no longer part of it.")
+    ] = False,
+) -> None:
+    """Write the pages that `browse` serves as files for any web server. Labels and their raters' names are among them."""
+    from glottoscope.study.browsing import export as export_run
+    from glottoscope.study.engine import stop_on_sigterm
+
+    stop_on_sigterm()
+    export_run(run_dir, folder, _console(), force)
+
+
+@app.command(
+    epilog="Examples: `glottoscope label runs/planted --sample 100 --blind` ; "
+    "`glottoscope label runs/planted --step all --class mixed --class en --rater mari` ; "
+    "`glottoscope label runs/planted --csv labels.csv --rater mari`"
+)
+def label(
+    run_dir: RunDir,
+    sample: Annotated[int, typer.Option(min=1, help="Features to draw, evenly over setups and classes.")] = 100,
+    blind: Annotated[bool, typer.Option("--blind", help="Show text alone: no class, measure, step, layer or number.")] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the draw: raters with one seed see the same features.")] = 0,
+    rater: Annotated[str | None, typer.Option(help="Name that labels are saved under. Default: the user's.")] = None,
+    model: Annotated[list[str], typer.Option(help="Model, or all. Repeatable. Default: the largest that is no control.")] = [],  # noqa: B006
+    step: Annotated[list[str], typer.Option(help="Step, or all. Repeatable. Default: the last.")] = [],  # noqa: B006
+    layer: Annotated[list[str], typer.Option(help="Layer, or all. Repeatable. Default: the middle one.")] = [],  # noqa: B006
+    sae_seed: Annotated[list[str], typer.Option(help="SAE seed, or all. Repeatable. Default: the first.")] = [],  # noqa: B006
+    class_: Annotated[
+        list[str], typer.Option("--class", help="A language, mixed, bilingual, neutral, unclassified. Repeatable. Default: all.")
+    ] = [],  # noqa: B006
+    csv: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the labels there as CSV instead (of one --rater).")
+    ] = None,
+) -> None:
+    """Grade features in the terminal, one key each: 1 uninterpretable, 2 semantic, 3 synonymous, 4 token-level.
+
+    Labels go to RUN/labels/labels.jsonl at once; the same command goes on where it stopped. At the end it says how the grades agree
+    with other raters and with the measures.
+    """
+    from glottoscope.study.labelling import Choice, write_csv
+    from glottoscope.study.labelling import label as label_run
+
+    if csv is not None:
+        write_csv(run_dir, csv, rater, _console(sys.stdout))
+        return
+    choice = Choice(models=model, steps=step, layers=layer, sae_seeds=sae_seed, classes=class_)
+    label_run(run_dir, choice, n=sample, blind=blind, seed=seed, rater=rater, console=_console(sys.stdout))
+
+
 @app.command(epilog="Example: `glottoscope measure features.jsonl --rule v1 --out features.csv`")
 def measure(
     examples: Annotated[Path, typer.Argument(help="Feature examples: one JSON object per line.", show_default=False)],
@@ -278,6 +349,44 @@ def measure(
         write_measured(table, out)
         print(f"{out} written: {table.num_rows} features")
     print_summary(table, _console(sys.stdout))
+
+
+@app.command(epilog="Example: `glottoscope verify runs/mine --quick`")
+def verify(
+    run_dir: RunDir,
+    quick: Annotated[bool, typer.Option("--quick", help="Compare sizes only.")] = False,
+    keep: Annotated[bool, typer.Option("--keep", help="Only report: leave the records as they are.")] = False,
+) -> None:
+    """Compare every file of a run with what its record says; the next run makes again what is damaged or missing.
+
+    Exit code 1 where something is.
+    """
+    from glottoscope.study.verifying import print_verdict
+    from glottoscope.study.verifying import verify as verify_run
+
+    verdict = verify_run(run_dir, quick=quick, keep=keep, console=_console())
+    print_verdict(run_dir, verdict, _console(sys.stdout), quick=quick, keep=keep)
+    if verdict.problems:
+        raise typer.Exit(1)
+
+
+@app.command(epilog="Example: `glottoscope merge runs/mine runs/from-the-other-machine --dry-run`")
+def merge(
+    run_dir: RunDir,
+    other: Annotated[Path, typer.Argument(help="Run directory of the same study; only read.", show_default=False)],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would come over, write nothing.")] = False,
+) -> None:
+    """Join what another run directory of the same study holds: models, SAEs, features, rulers, interventions.
+
+    Nothing is overwritten. Exit code 1 where something did not come over.
+    """
+    from glottoscope.study.merging import merge as merge_runs
+    from glottoscope.study.merging import print_merge
+
+    found = merge_runs(run_dir, other, dry_run=dry_run, console=_console())
+    print_merge(run_dir, other, found, _console(sys.stdout), dry_run=dry_run)
+    if not found.is_whole:
+        raise typer.Exit(1)
 
 
 @app.command(epilog="Example: `glottoscope clean runs/mine --dry-run`")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,10 +20,10 @@ from glottoscope import __version__
 from glottoscope.errors import InputError
 from glottoscope.report.browser.index import setup_folders
 from glottoscope.report.browser.site import Site
-from glottoscope.report.browser.source import Measure, SiteSource
-from glottoscope.study.columns import EVOLUTION, FEATURES, INTERVAL, Column
-from glottoscope.study.config import LANGUAGE_NAMES, PlantedCorpus, PretrainModel, Study, TextCorpus
-from glottoscope.study.plan import Cell, ModelRun, cells_of, expand
+from glottoscope.report.browser.source import SiteSource
+from glottoscope.study.config import LANGUAGE_NAMES, PretrainModel, Study
+from glottoscope.study.plan import expand
+from glottoscope.study.site_words import CONTROL_NAMES, licences_of, measures_of, notes_of
 from glottoscope.study.stages.context import Context, TokenInfo
 from glottoscope.study.store import RunStore
 
@@ -30,52 +32,6 @@ if TYPE_CHECKING:
     from glottoscope.report.browser.labels import Label
 
 CONTINUE = "`glottoscope run` continues the study"
-CONTROL_NAMES = {
-    "none": "trained model",
-    "negative": "negative control: no cross-lingual signal in its text",
-    "no_switching": "control: trained without code switching",
-    "shuffled": "control: final model with shuffled weights",
-    "frozen_decoder": "control: SAE with a frozen decoder",
-    "embeddings": "control: SAE on the embeddings",
-}
-KYOTO = (
-    "Japanese-English Bilingual Corpus of Wikipedia's Kyoto Articles",
-    "CC BY-SA 3.0",
-    "National Institute of Information and Communications Technology (NICT); text of Wikipedia's contributors",
-)
-# Column -> (label, decimals shown). Units and meanings are those of the tables.
-_FEATURE_LABELS = {
-    "share": ("language share", 2), "share_low": ("language share, low", 2), "share_high": ("language share, high", 2),
-    "density": ("density", 5), "max_activation": ("maximum activation", 3), "n_positions": ("positions", 0),
-    "n_{lang}": ("{lang} positions", 0), "n_neutral": ("neutral positions", 0), "h_token": ("token entropy", 2),
-    "h_semantic": ("cluster entropy", 2), "monosemanticity": ("R", 2), "monosemanticity_hidden": ("R, hidden states", 2),
-    "coherence": ("coherence", 2), "coherence_token": ("coherence of tokens", 2), "phi": ("phi", 2),
-    "phi_null": ("phi by chance", 2), "n_pairs_a": ("firing sentences, first language", 0),
-    "n_pairs_b": ("firing sentences, second language", 0), "single_token": ("single token", 0),
-    "supportable": ("enough firing sentences", 0), "bilingual": ("bilingual", 0),
-    "bilingual_paper": ("bilingual by the paper's rule", 0), "granularity": ("granularity", 0), "alive": ("alive", 2),
-}  # fmt: skip
-_SETUP_LABELS = {
-    "share_{lang}": ("{lang} share", 2), "share_mixed": ("mixed share", 2), "share_bilingual": ("bilingual share", 2),
-    "share_bilingual_paper": ("bilingual share by the paper's rule", 2), "share_supportable": ("supportable share", 2),
-    "share_unclassified": ("unclassified share", 2), "share_neutral": ("neutral share", 2), "alive": ("alive share", 2),
-    "monosemanticity": ("R", 2), "monosemanticity_multi": ("R without single-token features", 2),
-    "monosemanticity_pooled": ("R, pooled", 2), "monosemanticity_hidden": ("R, hidden states", 2),
-    "coherence": ("coherence", 2), "coherence_token": ("coherence of tokens", 2), "alignment": ("alignment", 2),
-    "alignment_truth": ("alignment, planted truth", 2), "fvu": ("unexplained variance", 3), "cosine": ("reconstruction cosine", 3),
-    "l0": ("active features per token", 1), "fvu_{lang}": ("unexplained variance, {lang}", 3),
-    "lm_loss_{lang}": ("LM loss, {lang}", 2), "lm_learning_rate": ("LM learning rate", 6),
-    "sae_learning_rate": ("SAE learning rate", 6), "theta": ("cluster threshold", 2),
-    "theta_hidden": ("cluster threshold, hidden states", 2),
-    "monosemanticity_floor_shuffled": ("R by chance (shuffled clusters)", 2),
-    "monosemanticity_floor_random": ("R by chance (random vectors)", 2),
-    "monosemanticity_hidden_floor_shuffled": ("R, hidden states, by chance", 2),
-    "coherence_floor_shuffled": ("coherence by chance", 2), "truth_auc_phi": ("AUC of phi against the truth", 2),
-    "truth_auc_flag": ("AUC of the bilingual flag against the truth", 2),
-    "truth_auc_mixed": ("AUC of mixed against the truth", 2),
-    "n_bilingual_shuffled": ("bilingual with shuffled sentences", 0),
-    "n_bilingual_next": ("bilingual with the next sentence", 0),
-}  # fmt: skip
 
 
 def open_site(run: Path, *, live: Mapping[str, Any] | None = None) -> Site:
@@ -93,7 +49,7 @@ def gather(store: RunStore) -> SiteSource:
     context = Context(study, store, recorded=True)
     if not setup_folders(store):
         raise InputError(f"{store.root} holds no features yet: {CONTINUE}")
-    info, runs = context.token_info, _runs(study)
+    info, planned = context.token_info, _planned(study)
     features = study.features
     return SiteSource(
         store=store,
@@ -114,31 +70,63 @@ def gather(store: RunStore) -> SiteSource:
         rule=features.rule,
         window=min(info.block_length, features.example_window),
         k=study.sae.k,
-        measures=_measures(info.languages),
+        measures=measures_of(info.languages),
         controls=CONTROL_NAMES,
         names=_names(study),
-        middle={run.name: _layer(study, run) for run in runs if run.layers},
+        middle={run.name: _middle(study, run) for run in planned if run.layers},
         special_ids=info.special_ids,
-        licences=_licences(study),
-        notes=_notes(study, info),
-        partial=_partial(study, store, info, runs),
+        licences=licences_of(study),
+        notes=notes_of(study, info),
+        partial=_partial(study, store, info, planned),
         activation_edges=_activation_edges(),
         clusters=_Clusters(context),
         agreement=_Agreement(store),
     )
 
 
-def _runs(study: Study) -> tuple[ModelRun, ...]:
-    """Models of the study; none where their checkpoints were moved away since."""
-    try:
-        return expand(study)
-    except InputError:
-        return ()
+class _Planned(NamedTuple):
+    """A model of the study, as far as the site has to know it."""
+
+    name: str
+    steps: tuple[int, ...]
+    layers: tuple[int, ...]
+    depth: int  # decoder blocks
 
 
-def _layer(study: Study, run: ModelRun) -> int:
+def _planned(study: Study) -> list[_Planned]:
+    """Models of the study and the controls made from them; without those whose checkpoints were moved away since.
+
+    `plan.expand` says the same, but for models trained here it counts parameters, which loads a tokenizer library.
+    """
+    found: list[_Planned] = []
+    controls = [x for x in ("shuffled", "frozen_decoder") if getattr(study.controls, x)]
+    for spec in study.models:
+        if isinstance(spec, PretrainModel):
+            wanted = spec.layers or study.layers
+            layers = tuple(range(1, spec.n_layers + 1)) if isinstance(wanted, str) else tuple(sorted(set(wanted)))
+            for seed in spec.seeds:
+                run = _Planned(_run_name(spec.name, seed), spec.checkpoints, layers, spec.n_layers)
+                made = controls if spec.control == "none" else []
+                found += [run, *(run._replace(name=f"{run.name}-{x}", steps=run.steps[-1:]) for x in made)]
+    given = tuple(spec for spec in study.models if not isinstance(spec, PretrainModel))
+    with contextlib.suppress(InputError):
+        for run in expand(study.model_copy(update={"models": given})):
+            steps = tuple(c.step for c in run.checkpoints)
+            layers = run.layers or ()
+            found.append(_Planned(run.name, steps, layers, run.shape.n_layers if run.shape else max(layers, default=0)))
+    return found
+
+
+def _run_name(model: str, seed: int) -> str:
+    return model if seed == 0 else f"{model}-s{seed}"
+
+
+def _middle(study: Study, run: _Planned) -> int:
+    """The layer that the report's curves follow."""
     wanted = study.report.layer
-    return wanted if isinstance(wanted, int) and wanted in run.known_layers() else run.middle_layer
+    if isinstance(wanted, int) and wanted in run.layers:
+        return wanted
+    return min(run.layers, key=lambda x: (abs(x - run.depth / 2), x))
 
 
 def _names(study: Study) -> dict[str, str]:
@@ -147,75 +135,21 @@ def _names(study: Study) -> dict[str, str]:
     for spec in study.models:
         seeds = spec.seeds if isinstance(spec, PretrainModel) else (0,)
         for seed in seeds:
-            run = spec.name if seed == 0 else f"{spec.name}-s{seed}"
+            run = _run_name(spec.name, seed)
             names[run] = spec.name
             names |= {f"{run}-{control}": f"{spec.name}-{control}" for control in ("shuffled", "frozen_decoder")}
     return names
 
 
-# ---- words
-
-
-def _measures(languages: tuple[str, ...]) -> tuple[Measure, ...]:
-    """Labels, units and meanings of the columns: of features first, then what only setups have."""
-    of_setups = {name: _spread(name, label, languages, EVOLUTION) for name, label in _SETUP_LABELS.items()}
-    found: dict[str, Measure] = {}
-    for name, label in _FEATURE_LABELS.items():
-        for measure in _spread(name, label, languages, FEATURES):
-            setup = next((m for m in of_setups.get(name, ()) if m.name == measure.name), None)
-            found[measure.name] = measure._replace(setup_meaning=setup.meaning if setup else None)
-    for measures in of_setups.values():
-        for measure in measures:
-            found.setdefault(measure.name, measure)
-    return tuple(found.values())
-
-
-def _spread(name: str, label: tuple[str, int], languages: tuple[str, ...], columns: Mapping[str, Column]) -> list[Measure]:
-    column = columns.get(name) or columns[name + INTERVAL]
-    words, digits = label
-    if "{lang}" not in name:
-        return [Measure(name, words, column.unit, column.meaning, digits)]
-    return [
-        Measure(name.format(lang=x), words.format(lang=LANGUAGE_NAMES.get(x, x)), column.unit, column.meaning, digits)
-        for x in languages
-    ]
-
-
-def _notes(study: Study, info: TokenInfo) -> tuple[str, ...]:
-    notes = [*info.notes, *([study.study.notes] if study.study.notes else [])]
-    if isinstance(study.corpus, PlantedCorpus):
-        notes.append(
-            "The text is a planted world with word-level truth; its default was chosen after trials, so it shows that the "
-            "instrument can see and verify the effect and is no independent evidence for the paper."
-        )
-    if not info.aligned:
-        notes.append("There are no aligned sentences: phi and bilingual are not known, and no sentence pairs are shown.")
-    elif len(info.languages) > 2:
-        notes.append(f"phi and alignment compare {info.languages[0]} with {info.languages[1]} only.")
-    return tuple(notes)
-
-
-def _licences(study: Study) -> tuple[tuple[str, str, str], ...]:
-    """Who owns the text that the site shows."""
-    rows = [(line, "", "") for line in study.report.licences]
-    corpus = study.corpus
-    if isinstance(corpus, PlantedCorpus):
-        rows.append(("Planted world", "part of glottoscope, Apache-2.0", ""))
-    elif isinstance(corpus, TextCorpus) and any(s.format == "kyoto-xml" for s in corpus.sources):
-        rows.append(KYOTO)
-    elif not rows:
-        rows.append(("Text of this study", "not stated", "state it in report.licences of the study file"))
-    return tuple(rows)
-
-
 # ---- what is missing
 
 
-def _partial(study: Study, store: RunStore, info: TokenInfo, runs: tuple[ModelRun, ...]) -> tuple[str, ...]:
+def _partial(study: Study, store: RunStore, info: TokenInfo, planned: list[_Planned]) -> tuple[str, ...]:
     """What the run lacks, one plain sentence each; empty where it is complete."""
     folders = setup_folders(store)
     scored = {name for name, folder in folders.items() if (folder / "features.parquet").exists()}
-    wanted = {_id(cell, layer, seed) for cell in cells_of(runs) for layer in cell.model.layers or () for seed in study.sae.seeds}
+    places = itertools.chain.from_iterable(itertools.product([x.name], x.steps, x.layers, study.sae.seeds) for x in planned)
+    wanted = {f"{model}@{step}/layer_{layer:02d}/seed_{seed}" for model, step, layer, seed in places}
     lines = []
     missing = (wanted | set(folders)) - scored
     if missing:
@@ -240,10 +174,6 @@ def _partial(study: Study, store: RunStore, info: TokenInfo, runs: tuple[ModelRu
                 "glottoscope made: run the study again."
             )
     return tuple(lines)
-
-
-def _id(cell: Cell, layer: int, seed: int) -> str:
-    return f"{cell.name}/layer_{layer:02d}/seed_{seed}"
 
 
 # ---- from the features room

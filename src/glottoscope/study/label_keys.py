@@ -67,11 +67,21 @@ class TerminalKeys:
             if key in (END, _END_OF_TRANSMISSION):
                 return END
             if key == _ESCAPE:
-                # Arrows and function keys send several characters, of which none is an answer.
-                while select.select([self._handle], [], [], _ESCAPE_SECONDS)[0] and self._character():
-                    pass
+                self._skip_sequence()
             elif plain(key):
                 return plain(key)
+
+    def _skip_sequence(self) -> None:
+        """Read what an arrow or a function key sends after its ESC: [ and more up to a letter or ~, or O and a letter."""
+        if not select.select([self._handle], [], [], _ESCAPE_SECONDS)[0]:
+            return  # the key Esc itself
+        opened = self._character()
+        if opened == "O":
+            self._character()
+        while opened == "[":
+            key = self._character()
+            if key == END or "@" <= key <= "~":
+                return
 
     def _character(self) -> str:
         """One character: its first byte says how many follow."""

@@ -33,14 +33,8 @@ def unpack(data: bytes) -> bytes:
     return gzip.decompress(data)
 
 
-def rounded(values: NDArray[Any], decimals: int | None) -> list[Any]:
-    """Numbers for JSON: to `decimals`, or to four significant digits; NaN and infinities are null.
-
-    Args:
-        values: float or int, 1-d. Integers stay as they are.
-    """
-    if values.dtype.kind in "iub":
-        return values.astype(np.int64).tolist()
+def rounded_array(values: NDArray[Any], decimals: int | None) -> NDArray[np.float64]:
+    """Numbers rounded to `decimals`, or to four significant digits; infinities become NaN. values: float, 1-d."""
     values = values.astype(np.float64)
     finite = np.isfinite(values)
     safe = np.where(finite, values, 0.0)
@@ -53,14 +47,21 @@ def rounded(values: NDArray[Any], decimals: int | None) -> list[Any]:
         shown = np.rint(safe * up / down) * down / up
         wild = np.flatnonzero(np.abs(exponent) > 18)
         shown[wild] = [float(f"{x:.3e}") for x in safe[wild].tolist()]
-    shown = shown + 0.0  # -0.0 would print its sign
-    return [_short(x) if ok else None for x, ok in zip(shown.tolist(), finite.tolist(), strict=True)]
+    # -0.0 would print its sign.
+    return np.where(finite, shown + 0.0, np.nan)
+
+
+def rounded(values: NDArray[Any], decimals: int | None) -> list[Any]:
+    """Numbers for JSON, as `rounded_array` has them; NaN is null, integers stay as they are."""
+    if values.dtype.kind in "iub":
+        return values.astype(np.int64).tolist()
+    return listed(rounded_array(values, decimals))
+
+
+def listed(values: NDArray[np.float64]) -> list[Any]:
+    """Numbers that are rounded already, for JSON; NaN is null."""
+    return [None if x != x else _short(x) for x in values.tolist()]
 
 
 def _short(x: float) -> int | float:
     return int(x) if x.is_integer() else x
-
-
-def rounded_one(value: Any, decimals: int | None) -> Any:
-    """One number as `rounded` gives it; None stays None."""
-    return None if value is None else rounded(np.array([value]), decimals)[0]

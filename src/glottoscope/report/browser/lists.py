@@ -10,7 +10,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from glottoscope.errors import InputError
-from glottoscope.report.browser.codec import SCHEMA, rounded
+from glottoscope.report.browser.codec import SCHEMA, listed, rounded_array
 from glottoscope.report.browser.examples import Histogram
 from glottoscope.report.browser.index import Setup
 from glottoscope.report.browser.source import SiteSource
@@ -33,12 +33,15 @@ class FeatureList:
     """All features of a setup; the position is the feature.
 
     Attributes:
-        columns: name -> float64 [N], NaN where unknown. `class` is an index into the site's classes.
+        columns: name -> float64 [N], NaN where unknown, rounded as the site shows them: what is searched and sorted is what
+            is seen. `class` is an index into the site's classes.
+        max_activation [N]: as the run has it.
         top: language -> int32 [N, TOP] ranks of tokens, most frequent first, -1 where there are fewer.
     """
 
     setup: Setup
     columns: dict[str, NDArray[np.float64]]
+    max_activation: NDArray[np.float64]
     top: dict[str, NDArray[np.int32]]
 
     @property
@@ -48,10 +51,6 @@ class FeatureList:
     @property
     def alive(self) -> NDArray[np.bool_]:
         return self.columns["alive"] > 0
-
-    @property
-    def max_activation(self) -> NDArray[np.float64]:
-        return self.columns["max_activation"]
 
 
 def read_list(source: SiteSource, setup: Setup, texts: Texts, histogram: Histogram | None) -> FeatureList:
@@ -73,7 +72,9 @@ def read_list(source: SiteSource, setup: Setup, texts: Texts, histogram: Histogr
     languages = [f"n_{x}" for x in source.languages]
     for name in (*FLAGS, *NUMBERS, *COUNTS, *languages):
         if name in names:
-            columns[name] = _floats(table, name)[order]
+            measure = source.measure(name)
+            values = _floats(table, name)[order]
+            columns[name] = rounded_array(values, measure.decimals if measure else None) if name in NUMBERS else values
     number = {name: n for n, name in enumerate(source.classes)}
     classes = [number.get(x, np.nan) for x in table["language"].to_pylist()]
     columns["class"] = np.array(classes, np.float64)[order]
@@ -85,7 +86,7 @@ def read_list(source: SiteSource, setup: Setup, texts: Texts, histogram: Histogr
         for index, language in enumerate(source.languages):
             rows = histogram.first_rows(index, TOP)
             top[language][histogram.feature[rows], histogram.place[rows]] = texts.rank[histogram.token[rows]]
-    return FeatureList(setup, columns, top)
+    return FeatureList(setup, columns, _floats(table, "max_activation")[order], top)
 
 
 def example_counts(setup: Setup) -> NDArray[np.int64] | None:
@@ -120,15 +121,9 @@ def _floats(table: pa.Table, name: str) -> NDArray[np.float64]:
     return table[name].cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False).astype(np.float64)
 
 
-def list_record(source: SiteSource, found: FeatureList) -> dict[str, Any]:
+def list_record(found: FeatureList) -> dict[str, Any]:
     """list.json."""
-    columns: dict[str, list[Any]] = {}
-    for name, values in found.columns.items():
-        if name in NUMBERS:
-            measure = source.measure(name)
-            columns[name] = rounded(values, measure.decimals if measure else None)
-        else:
-            columns[name] = [None if x != x else int(x) for x in values.tolist()]
+    columns = {name: listed(values) for name, values in found.columns.items()}
     top = {language: [[x for x in row if x >= 0] for row in ranks.tolist()] for language, ranks in found.top.items()}
     return {"schema": SCHEMA, "setup": found.setup.id, "n": found.n, "columns": columns, "top": top}
 

@@ -9,6 +9,7 @@ Whatever is wrong in a query is said in `problems`, and the parameter is left as
 from __future__ import annotations
 
 import math
+import re
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -36,7 +37,9 @@ RANGES = {
 }  # fmt: skip
 PLACES = ("model", "control", "step", "layer", "lm_seed", "seed")
 SEARCHES = ("token", "text", "q")
+QUERY_FLAGS = tuple(x for x in FLAGS if x != "alive")  # which has a parameter of its own
 LABELS = ("1", "2", "3", "4", "any", "none", "note")
+_REAL = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[-+]?[0-9]+)?", re.IGNORECASE)
 NAMES = (*PLACES, "class", "flag", "alive", *RANGES, *SEARCHES, "lang", "label", "rater", "sort", "page", "per")
 
 
@@ -120,13 +123,11 @@ def _place(name: str, text: str, problems: list[str]) -> list[str] | None:
 
 
 def _range(text: str) -> tuple[float, float] | None:
-    low, dots, high = text.partition("..")
-    try:
-        bounds = (float(low) if low.strip() else -math.inf, float(high) if high.strip() else math.inf)
-    except ValueError:
+    low, dots, high = (x.strip() for x in text.partition(".."))
+    if not dots or not (low or high) or not all(_REAL.fullmatch(x) for x in (low, high) if x):
         return None
-    empty = not dots or not (low.strip() or high.strip())
-    return None if empty or any(math.isnan(x) for x in bounds) or bounds[0] > bounds[1] else bounds
+    bounds = (float(low) if low else -math.inf, float(high) if high else math.inf)
+    return None if bounds[0] > bounds[1] else bounds
 
 
 def _other(name: str, text: str, classes: Sequence[str], languages: Sequence[str], problems: list[str]) -> dict[str, Any]:
@@ -137,9 +138,9 @@ def _other(name: str, text: str, classes: Sequence[str], languages: Sequence[str
         return {"classes": [x for x in parts if x in classes]}
     if name == "flag":
         flags = [(x.removeprefix("!"), not x.startswith("!")) for x in parts]
-        for bad, _ in (f for f in flags if f[0] not in FLAGS):
-            problems.append(f"flag={_shown(bad)} is not one of {', '.join(FLAGS)}")
-        return {"flags": [f for f in flags if f[0] in FLAGS]}
+        for bad, _ in (f for f in flags if f[0] not in QUERY_FLAGS):
+            problems.append(f"flag={_shown(bad)} is not one of {', '.join(QUERY_FLAGS)}")
+        return {"flags": [f for f in flags if f[0] in QUERY_FLAGS]}
     if name in ("page", "per"):
         if text.isascii() and text.isdigit() and int(text[:9]) > 0:
             return {name: int(text[:9])}
@@ -161,7 +162,11 @@ def _other(name: str, text: str, classes: Sequence[str], languages: Sequence[str
     return {}
 
 
-_PLAIN_COLUMNS = ("feature", "setup", "h_token", "h_semantic", "phi_null", "n_pairs_a", "n_pairs_b", "granularity", "examples")
+_OF_SETUPS = ("setup", "model", "step", "layer")
+_PLAIN_COLUMNS = (
+    "feature", "class", "label", *_OF_SETUPS, "h_token", "h_semantic", "phi_null", "n_pairs_a", "n_pairs_b", "granularity",
+    "examples",
+)  # fmt: skip
 
 
 def _column(name: str) -> str | None:
@@ -207,11 +212,12 @@ def find(site: Site, raw: Mapping[str, str]) -> dict[str, Any]:
         problems.append("the site has no such setup: choose another model, control, step, layer or seed")
     kept = _within_limit(setups, problems)
     labels = _labels(site, query)
+    by_label = query.label is not None or query.rater is not None
     lists = [site.list(setup) for setup in kept]
-    found = [np.flatnonzero(_matches(site, features, query, labels)) for features in lists]
+    found = [np.flatnonzero(_matches(site, features, query, labels if by_label else None)) for features in lists]
     which = np.repeat(np.arange(len(kept)), [len(x) for x in found])
     feature = np.concatenate(found) if found else np.zeros(0, np.int64)
-    order = _order(query, lists, found, which, feature)
+    order = _order(query, lists, found, which, feature, labels or [])
     first = 0 if query.page is None else (query.page - 1) * query.per
     size = MAX_ROWS if query.page is None else min(query.per, MAX_ROWS)
     rows = [(int(which[n]), int(feature[n])) for n in order[first : first + size].tolist()]
@@ -244,7 +250,7 @@ def _within_limit(setups: Sequence[Setup], problems: list[str]) -> list[Setup]:
 
 def _labels(site: Site, query: Query) -> list[Label] | None:
     """Labels that the query looks at; None where it asks for none."""
-    if query.label is None and query.rater is None:
+    if query.label is None and query.rater is None and (query.sort is None or query.sort[0] != "label"):
         return None
     found = site.labels.latest()
     return [x for x in found if query.rater is None or x.rater == query.rater]
@@ -307,7 +313,12 @@ def plain(snippet: str) -> str:
 
 
 def _order(
-    query: Query, lists: Sequence[FeatureList], found: Sequence[NDArray[Any]], which: NDArray[Any], feature: NDArray[Any]
+    query: Query,
+    lists: Sequence[FeatureList],
+    found: Sequence[NDArray[Any]],
+    which: NDArray[Any],
+    feature: NDArray[Any],
+    labels: list[Label],
 ) -> NDArray[np.int64]:
     """Places of the rows in the wanted order: nulls last, ties by setup, then feature."""
     if query.sort is None or not len(feature):
@@ -315,12 +326,32 @@ def _order(
     column, falling = query.sort
     if column == "feature":
         values = feature.astype(np.float64)
-    elif column == "setup":
-        values = which.astype(np.float64)
+    elif column in _OF_SETUPS:
+        values = np.array(_setup_keys(column, [x.setup for x in lists]), np.float64)[which]
+    elif column == "label":
+        values = np.concatenate([_grades(x, labels)[rows] for x, rows in zip(lists, found, strict=True)])
     else:
         values = np.concatenate([x.columns.get(column, np.full(x.n, np.nan))[rows] for x, rows in zip(lists, found, strict=True)])
     # lexsort puts NaN last, whichever way the numbers run.
     return np.lexsort((feature, which, -values if falling else values))
+
+
+def _setup_keys(column: str, setups: Sequence[Setup]) -> list[int]:
+    names = sorted({s.name for s in setups})
+    keys: dict[str, Callable[[int, Setup], int]] = {
+        "setup": lambda n, s: n, "model": lambda n, s: names.index(s.name), "step": lambda n, s: s.step,
+        "layer": lambda n, s: s.layer,
+    }  # fmt: skip
+    return [keys[column](n, s) for n, s in enumerate(setups)]
+
+
+def _grades(features: FeatureList, labels: list[Label]) -> NDArray[np.float64]:
+    """Highest grade of each feature [N]; 0 where it has notes alone, NaN where it has no label."""
+    found = np.full(features.n, np.nan)
+    for label in labels:
+        if label.setup == features.setup.id and label.feature < features.n:
+            found[label.feature] = np.fmax(found[label.feature], label.granularity or 0)
+    return found
 
 
 def _row(site: Site, features: FeatureList, f: int) -> dict[str, Any]:

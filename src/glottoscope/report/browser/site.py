@@ -144,7 +144,7 @@ class Site:
             raise KeyError(address)
         setup, rest = self.setup(cell["setup"]), cell["rest"]
         if rest == "list.json.gz":
-            return list_record(self.source, self.list(setup))
+            return list_record(self.list(setup))
         if rest == "snippets.json.gz":
             return snippets_record(setup, self.snippets(setup))
         shard = _SHARD.fullmatch(rest)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from glottoscope.report.browser.codec import SCHEMA, rounded_one
+from glottoscope.report.browser.codec import SCHEMA, listed
 from glottoscope.report.browser.index import Setup
 from glottoscope.report.browser.lists import FLAGS, FeatureList
 
@@ -31,8 +31,7 @@ def measures_of(site: Site, found: FeatureList, f: int) -> dict[str, Any]:
         elif name in FLAGS:
             result[name] = None if value is None else bool(value)
         else:
-            measure = site.source.measure(name)
-            result[name] = rounded_one(value, measure.decimals if measure else None)
+            result[name] = listed(values[f : f + 1])[0]
     return result
 
 
