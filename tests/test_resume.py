@@ -54,7 +54,7 @@ def test_a_complete_study_is_not_run_again(copy: RunStore) -> None:
     after = state(copy.root)
     assert set(after) == set(before)
     # Only what says who runs it is written again.
-    assert {name for name in after if after[name] != before[name]} <= {"manifest.json", "study.toml"}
+    assert {name for name in after if after[name] != before[name]} <= {"manifest.json", "study.toml", "done.json"}
     assert after["study.toml"][1] == before["study.toml"][1]
     assert [row.words for row in status(copy.root)] == ["done"] * len(STAGES)
 
