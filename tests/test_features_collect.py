@@ -226,23 +226,33 @@ def test_histogram_equals_brute_force(seed: int, m: int) -> None:
     assert dict(zip(zip(tokens.feature, tokens.group, strict=True), tokens.count, strict=True)) == pairs
 
 
-@settings(max_examples=40, deadline=None)
-@given(seed=st.integers(0, 2**32), m=st.integers(1, 60), n=st.integers(1, 5))
-def test_examples_equal_brute_force(seed: int, m: int, n: int) -> None:
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 2**32), m=st.integers(1, 60), n=st.integers(1, 5), each=st.integers(0, 4))
+def test_examples_equal_brute_force(seed: int, m: int, n: int, each: int) -> None:
     collected = collect(random_stream(seed, m, coarse=True), [])
-    blocks: dict[int, dict[int, tuple[float, int]]] = defaultdict(dict)
-    for f, p, v in zip(collected.feature, collected.position, collected.value, strict=True):
+    blocks: dict[int, dict[int, tuple[float, int, int]]] = defaultdict(dict)
+    for f, p, v, g in zip(collected.feature, collected.position, collected.value, collected.language, strict=True):
         block, t = divmod(int(p), BLOCK)
         best = blocks[int(f)].get(block)
         if best is None or v > best[0]:  # positions rise: the first of equals stays
-            blocks[int(f)][block] = (float(v), t)
-    first, top = [], []
+            blocks[int(f)][block] = (float(v), t, int(g))
+
+    def rows(f: int, chosen: list[int]) -> list[tuple[int, int, int, int, float, int]]:
+        found = blocks[f]
+        return [(f, rank, b, found[b][1], found[b][0], found[b][2]) for rank, b in enumerate(chosen)]
+
+    first, top, both = [], [], []
     for f, found in sorted(blocks.items()):
-        first += [(f, rank, b, found[b][1], found[b][0]) for rank, b in enumerate(sorted(found)[:n])]
-        strongest = sorted(found, key=lambda b: (-found[b][0], b))[:n]
-        top += [(f, rank, b, found[b][1], found[b][0]) for rank, b in enumerate(strongest)]
+        first += rows(f, sorted(found)[:n])
+        strongest = sorted(found, key=lambda b: (-found[b][0], b))
+        top += rows(f, strongest[:n])
+        wanted = set(strongest[:n])
+        for g in range(G):
+            wanted |= set([b for b in strongest if found[b][2] == g][:each])
+        both += rows(f, [b for b in strongest if b in wanted])
     assert list(zip(*first_examples(collected, n, BLOCK), strict=True)) == first
     assert list(zip(*top_examples(collected, n, BLOCK), strict=True)) == top
+    assert list(zip(*top_examples(collected, n, BLOCK, each), strict=True)) == both
 
 
 def test_nothing_collected() -> None:

@@ -145,7 +145,7 @@ def test_a_flipped_bit_is_named(copy: RunStore) -> None:
     assert verify(copy.root).problems == []
 
 
-# A kind of each folder: what depends on a mended file is not made again. The SAE is mended with what lies beside it.
+# A kind of each folder: what depends on a mended file is not made again.
 MENDED = (
     "manifest.json", "models/m/step_20/model.safetensors", "tokens/info.json", f"{SETUP}/sae.safetensors",
     f"{SETUP}/collected.parquet", f"{SETUP}/row.json", "cells/m@0/cell.json", "rulers/m/hidden_layer_01.safetensors",
@@ -158,8 +158,7 @@ def test_a_flipped_bit_is_mended(copy: RunStore, name: str) -> None:
     before = results(copy)
     flip(copy.root / name)
     assert found(verify(copy.root)) == {name: "damaged"}
-    beside = {"features", "score"} if "train" in KINDS[name] else set()
-    assert KINDS[name] <= set(mend(copy)) <= KINDS[name] | beside
+    assert set(mend(copy)) == KINDS[name]
     assert results(copy) == before
     assert verify(copy.root).problems == []
     assert not copy.damaged_path.exists()

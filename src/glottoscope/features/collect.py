@@ -364,20 +364,34 @@ class Examples(NamedTuple):
     block: Array  # int64
     t: Array  # int64, position in the block
     value: Array  # float32
+    language: Array  # uint8, index of the document's language at that position
 
 
-def top_examples(collected: Collected, n: int, block_length: int) -> Examples:
-    """The n strongest blocks of each feature, strongest first, equal values in order of blocks."""
+def top_examples(collected: Collected, n: int, block_length: int, each_language: int = 0) -> Examples:
+    """The n strongest blocks of each feature, strongest first, equal values in order of blocks.
+
+    A feature that is stronger in one language would show that one only: with `each_language` = m, the m strongest
+    blocks of every language in which it has entries are among the examples, too.
+    """
     examples = _examples(collected, block_length)
     # Positive floats order as their bits do: feature and falling value make one integer key, ties keep block order.
     falling = np.int64(0xFFFFFFFF) - examples.value.view(np.uint32).astype(np.int64)
     order = np.argsort(examples.feature << np.int64(32) | falling, kind="stable")
-    return _first(Examples(*(column[order] for column in examples)), n)
+    examples = Examples(*(column[order] for column in examples))
+    keep = _rank(examples.feature) < n
+    if each_language:
+        # Sorted by (feature, language) on top of the order above, the first m of a run are its strongest.
+        pair = examples.feature * collected.n_languages + examples.language
+        by_pair = np.argsort(pair, kind="stable")
+        keep[by_pair[_rank(pair[by_pair]) < each_language]] = True
+    return _ranked(Examples(*(column[keep] for column in examples)))
 
 
 def first_examples(collected: Collected, n: int, block_length: int) -> Examples:
     """The first n blocks of each feature in order (v1 keeps 50): pass `restrict(collected, collected.encoder_max)`."""
-    return _first(_examples(collected, block_length), n)
+    examples = _examples(collected, block_length)
+    keep = _rank(examples.feature) < n
+    return _ranked(Examples(*(column[keep] for column in examples)))
 
 
 def _examples(collected: Collected, block_length: int) -> Examples:
@@ -385,21 +399,23 @@ def _examples(collected: Collected, block_length: int) -> Examples:
     block, t = np.divmod(collected.position, block_length)
     feature = collected.feature.astype(np.int64)
     if not len(block):
-        return Examples(feature, feature, block, t, collected.value)
+        return Examples(feature, feature, block, t, collected.value, collected.language)
     starts = run_starts(feature * (int(block.max()) + 1) + block)
     top = np.maximum.reduceat(collected.value, starts)
     is_top = np.flatnonzero(collected.value == np.repeat(top, np.diff(starts, append=len(block))))
     # Every run has an entry that equals its maximum; the first of them is the first at or after the run's start.
     row = is_top[np.searchsorted(is_top, starts)]
-    return Examples(feature[row], np.zeros_like(row), block[row], t[row], top)
+    return Examples(feature[row], np.zeros_like(row), block[row], t[row], top, collected.language[row])
 
 
-def _first(examples: Examples, n: int) -> Examples:
-    starts = run_starts(examples.feature)
-    sizes = np.diff(starts, append=len(examples.feature))
-    rank = np.arange(len(examples.feature)) - np.repeat(starts, sizes)
-    keep = rank < n
-    return Examples(*(column[keep] for column in examples._replace(rank=rank)))
+def _rank(sorted_key: Array) -> Array:
+    """int64: place of each row within its run of equal neighbours, from 0."""
+    starts = run_starts(sorted_key)
+    return np.arange(len(sorted_key)) - np.repeat(starts, np.diff(starts, append=len(sorted_key)))
+
+
+def _ranked(examples: Examples) -> Examples:
+    return examples._replace(rank=_rank(examples.feature))
 
 
 def run_starts(sorted_key: Array) -> Array:

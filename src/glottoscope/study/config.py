@@ -342,6 +342,9 @@ class FeaturesConfig(Part):
     neutral_ratio: Share = Field(default=0.1, description="Tokens whose rarer rate reaches this share of the other are neutral.")
     neutral_min_count: PositiveInt = Field(default=10, description="... with this many occurrences in each of two languages.")
     top_examples: PositiveInt = Field(default=20, description="Examples kept per feature, at most one per sequence.")
+    language_examples: NonNegativeInt = Field(
+        default=5, description="As many of each language are among them, beyond top_examples where need be (not under rule v1)."
+    )
     example_window: PositiveInt = Field(default=64, description="Tokens shown of an example, around its strongest position.")
     example_features: PositiveInt | None = Field(default=None, description="Keep examples of this many features per setup.")
     theta: Annotated[float, Field(gt=-1, lt=1)] | None = Field(
@@ -380,7 +383,9 @@ class Translation(Part):
         description="LLM-jp-eval's ALT or WikiCorpus JSON, or aligned JSONL or TSV, relative to the study file. "
         "Default: the aligned test sentences.",
     )
-    shots: NonNegativeInt = Field(default=4, description="Examples in the prompt, from the file or the aligned dev sentences.")
+    shots: NonNegativeInt | None = Field(
+        default=None, description="Examples in the prompt, from the file or the aligned dev sentences. Default: 4; planted world: 2."
+    )
     intro: str = Field(default="", description="Text before the examples; {instruction} is that of an LLM-jp-eval file.")
     shot: str | None = Field(
         default=None,
@@ -391,7 +396,7 @@ class Translation(Part):
         default=None, description="What the model goes on from, with {source}. Default: shot, cut at the target."
     )
     stop: str | None = Field(default=None, description="Text that ends a translation. Default: line break; planted: separator.")
-    max_new_tokens: PositiveInt | None = Field(default=None, description="Longest translation. Default: 128; planted world: 16.")
+    max_new_tokens: PositiveInt | None = Field(default=None, description="Longest translation. Default: 128; planted world: 12.")
     batch: PositiveInt | None = Field(
         default=None, description="Sentences translated together; it changes rounding only. Default: 64; planted world: 250."
     )

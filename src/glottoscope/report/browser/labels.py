@@ -196,7 +196,7 @@ class LabelStore:
         self._run = run or RunStore(self.path.parent.parent)
         self._lock = threading.Lock()
         self._hashes: dict[str, str] = {}
-        self._read: tuple[tuple[int, int], list[Label], list[str]] | None = None
+        self._read: tuple[int, list[Label], list[str]] | None = None
         self._set_aside = 0
 
     @property
@@ -290,7 +290,7 @@ class LabelStore:
         try:
             with _locked(self.path, os.O_RDONLY, fcntl.LOCK_SH) as handle:
                 state = os.fstat(handle)
-                stamp = (state.st_mtime_ns, state.st_size)
+                stamp = state.st_size  # only ever appended to; times of a network's files are not to be relied on
                 content = b"" if self._read and self._read[0] == stamp else os.pread(handle, state.st_size, 0)
         except FileNotFoundError:
             return []

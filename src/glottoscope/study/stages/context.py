@@ -309,7 +309,8 @@ class Context:
         features = self.study.features.model_dump(
             mode="json",
             include={
-                "rule", "threshold", "neutral_ratio", "neutral_min_count", "top_examples", "example_window",
+                "rule", "threshold", "neutral_ratio", "neutral_min_count", "top_examples", "language_examples",
+                "example_window",
                 "example_features", "phi_firing", "lm_loss_tokens",
             },
         )  # fmt: skip

@@ -28,7 +28,7 @@ def choose_examples(context: Context, collected: Collected, width: int, key: Set
     if features.rule == "v1":
         examples = v1.v1_examples(collected, width, max(features.top_examples, v1.N_EXAMPLES))
     else:
-        examples = top_examples(collected, features.top_examples, width)
+        examples = top_examples(collected, features.top_examples, width, features.language_examples)
     alive = np.flatnonzero(collected.alive)
     if features.example_features is not None and len(alive) > features.example_features:
         rng = np.random.default_rng([seed_for(context.study, "examples"), *key])

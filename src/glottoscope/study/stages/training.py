@@ -191,10 +191,11 @@ def _save(context: Context, cell: Cell, training: CellTraining, key: Key, losses
     trainer = training.trainers[key]
     model, step = cell.model.name, cell.checkpoint.step
     folder = context.store.setup_dir(model, step, layer, seed)
-    # An older SAE's features are worth nothing beside a new one's weights.
-    if folder.exists():
+    wanted = context.train_key(cell, layer, seed)
+    # An older SAE's features are worth nothing beside a new one's weights; beside a mended one they are what they were.
+    if folder.exists() and not context.store.is_repair(folder, "train", wanted):
         shutil.rmtree(folder)
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     grid = {str(lr): loss for lr, loss in losses.items()}
     extra = {
         "model": model, "step": step, "tokens_seen": cell.checkpoint.tokens_seen, "layer": layer, "sae_seed": seed,
@@ -206,7 +207,7 @@ def _save(context: Context, cell: Cell, training: CellTraining, key: Key, losses
     trainer.sae.save(folder, extra)
     write_table(folder / "training.parquet", _curve(training.curves, layer, seed, list(losses), chosen))
     context.store.mark_done(
-        folder, "train", context.train_key(cell, layer, seed), {"lr": chosen, "grid": grid},
+        folder, "train", wanted, {"lr": chosen, "grid": grid},
         ["sae.safetensors", "cfg.json", "training.parquet"],
     )  # fmt: skip
 
