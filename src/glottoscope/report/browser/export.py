@@ -9,11 +9,9 @@ from typing import NamedTuple
 
 from glottoscope.atomic import atomic_path
 from glottoscope.errors import InputError
-from glottoscope.report.browser.codec import dump
-from glottoscope.report.browser.site import Site
+from glottoscope.report.browser.site import FILES, NO_JEKYLL, Site, files_record
 
 MARKER = "data/site.json"
-FILES = "data/files.json"
 Progress = Callable[[int, int, str], None]  # files done, files in all, what is at work
 
 
@@ -41,15 +39,13 @@ def export_site(site: Site, folder: Path, progress: Progress, *, force: bool = F
     """
     earlier = _earlier(site, folder, force)
     addresses = list(site.addresses())
-    known = {*addresses, FILES, ".nojekyll"}
+    known = {*addresses, NO_JEKYLL}
     size = written = 0
     try:
         # The marker and the names of all files come first, so that an interrupted export is known for one.
-        names = dump({"schema": 1, "files": sorted(known | earlier)})
-        written += _write(folder / FILES, names)
+        written += _write(folder / FILES, files_record(known | earlier))
         written += _write(folder / MARKER, site.read(MARKER))
-        # Without it GitHub Pages would leave some files out.
-        written += _write(folder / ".nojekyll", b"")
+        written += _write(folder / NO_JEKYLL, b"")
         prepared = ""
         for n, address in enumerate(addresses):
             name = address.removeprefix("data/cells/").partition("/features/")[0]
@@ -57,18 +53,18 @@ def export_site(site: Site, folder: Path, progress: Progress, *, force: bool = F
             if "/features/" in address and name != prepared:
                 site.prepare(site.setup(name))
                 prepared = name
-            data = site.read(address)
+            data = files_record(known | earlier) if address == FILES else site.read(address)
             size += len(data)
             written += _write(folder / address, data)
         gone = sorted(earlier - known)
-        if force:
+        if force and gone:
             for address in gone:
                 _remove(folder, address)
-        _write(folder / FILES, dump({"schema": 1, "files": sorted(known if force else known | earlier)}))
+            _write(folder / FILES, files_record(known))
     except OSError as error:
         raise InputError(f"{folder} cannot be written ({error.strerror}): choose another folder") from None
     progress(len(addresses), len(addresses), "done")
-    return Exported(len(addresses) + 2, size + len(names), written, len(gone) if force else 0, 0 if force else len(gone))
+    return Exported(len(known), size, written, len(gone) if force else 0, 0 if force else len(gone))
 
 
 def _earlier(site: Site, folder: Path, force: bool) -> set[str]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,8 +54,14 @@ class Near:
 class Neighbours:
     """Neighbours of features, from the decoders on disk; results for whole setups are kept once `prepare` made them."""
 
-    def __init__(self, alive: Callable[[Setup], NDArray[np.bool_]]) -> None:
+    def __init__(
+        self,
+        alive: Callable[[Setup], NDArray[np.bool_]],
+        language: Callable[[Setup], tuple[NDArray[np.int64], NDArray[np.bool_], int]] | None = None,
+    ) -> None:
+        """`language` gives of each feature the index of its language (-1: of none), whether it is mixed; and how many there are."""
         self._alive = alive
+        self._language = language
         self._decoders: Cache[Decoder | None] = Cache(DECODER_BYTES, lambda d: d.unit.nbytes if d is not None else 1)
         self._near: Cache[Near] = Cache(4)
         self._pairs: Cache[tuple[Best, Best]] = Cache(PAIRS_KEPT)
@@ -92,13 +98,15 @@ class Neighbours:
             result[place] = [[x, y + 0.0] for x, y in zip(f, c, strict=True) if x >= 0]
         return result
 
-    def over(self, setup: Setup, other: Setup, features: NDArray[np.int64]) -> list[list[float] | None]:
+    def over(self, setup: Setup, other: Setup, features: NDArray[np.int64]) -> list[list[Any] | None]:
         """[feature, cosine, back] of each feature's best counterpart in another setup; None where there is none.
 
-        `back` is 1 where the counterpart's own best counterpart in `setup` is the feature.
+        `back` is 1 where the counterpart's own best counterpart in `setup` is the feature. Of a mixed feature there is a
+        fourth entry, [feature, cosine] of the nearest feature of each language's class (null where it has none): one
+        sees what an English and a Japanese feature became.
         """
         own, theirs = self.decoder(setup), self.decoder(other)
-        result: list[list[float] | None] = [None] * len(features)
+        result: list[list[Any] | None] = [None] * len(features)
         if own is None or theirs is None or not len(theirs.unit):
             return result
         rows, known = _rows_of(own, features)
@@ -115,7 +123,36 @@ class Neighbours:
         names, values = theirs.feature[place].tolist(), np.round(cosine, 4).tolist()
         for n, f, c, r in zip(np.flatnonzero(known).tolist(), names, values, returns.tolist(), strict=True):
             result[n] = [f, c + 0.0, int(r)]
+        self._add_languages(setup, other, features, rows, np.flatnonzero(known), result)
         return result
+
+    def _add_languages(
+        self,
+        setup: Setup,
+        other: Setup,
+        features: NDArray[np.int64],
+        rows: NDArray[np.int64],
+        known: NDArray[np.int64],
+        result: list[list[Any] | None],
+    ) -> None:
+        """Append the nearest feature of each language to the entries of mixed features."""
+        own, theirs = self.decoder(setup), self.decoder(other)
+        if self._language is None or own is None or theirs is None:
+            return
+        _, mixed, _ = self._language(setup)
+        wanted = mixed[features[known]]
+        language, _, n_languages = self._language(other)
+        found = best_of_each(own.unit[rows[wanted]], theirs.unit, language[theirs.feature], n_languages)
+        names = [theirs.feature[best.place] for best in found]
+        for n, place in enumerate(known[wanted].tolist()):
+            entry = result[place]
+            assert entry is not None
+            entry.append(
+                [
+                    [int(names[g][n]), float(np.round(best.cosine[n], 4)) + 0.0] if best.cosine[n] > -2 else None
+                    for g, best in enumerate(found)
+                ]
+            )
 
 
 def read_decoder(setup: Setup, alive: NDArray[np.bool_]) -> Decoder | None:
@@ -179,6 +216,21 @@ def best_of(asked_QD: NDArray[np.float32], other_ND: NDArray[np.float32]) -> Bes
         chosen = _first_of(i, exact, j)
         place[first : first + step], cosine[first : first + step] = j[chosen], exact[chosen]
     return Best(place, cosine)
+
+
+def best_of_each(
+    asked_QD: NDArray[np.float32], other_ND: NDArray[np.float32], group_N: NDArray[np.int64], n_groups: int
+) -> list[Best]:
+    """`best_of` among the rows of `other` of each group 0 .. n_groups - 1; cosine -inf where a group has no row."""
+    result = []
+    for group in range(n_groups):
+        members = np.flatnonzero(group_N == group)
+        if len(members):
+            best = best_of(asked_QD, other_ND[members])
+            result.append(Best(members[best.place], best.cosine))
+        else:
+            result.append(Best(np.zeros(len(asked_QD), np.int64), np.full(len(asked_QD), -np.inf)))
+    return result
 
 
 def both_ways(a_MD: NDArray[np.float32], b_ND: NDArray[np.float32]) -> tuple[Best, Best]:

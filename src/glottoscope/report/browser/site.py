@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -33,15 +34,22 @@ from glottoscope.report.browser.source import SiteSource
 from glottoscope.report.browser.texts import Texts, Used
 from glottoscope.report.browser.twin import feature_record
 
+FILES = "data/files.json"
+NO_JEKYLL = ".nojekyll"  # an empty file, without which GitHub Pages would leave some files out
 STATIC = Path(__file__).parent / "site"
 LISTED_FEATURES = 500_000  # whose lists are kept: 150 bytes each
-READ_SETUPS = 3  # whose examples are kept: 50 MB each at 32,768 features
+READ_SETUPS = 3  # whose examples are kept: 100 MB each at 32,768 features with 50 examples
 PACKED_BYTES = 64 * 2**20  # of answers kept
 _NUMBER = "(0|[1-9][0-9]{0,17})"
 _CELL = re.compile(r"data/cells/(?P<setup>[^/]+/[^/]+/[^/]+)/(?P<rest>.+)")
 _SHARD = re.compile(rf"features/{_NUMBER}-{_NUMBER}\.json\.gz")
 _FEATURE = re.compile(rf"features/{_NUMBER}\.json")
 _TEXT = re.compile(rf"data/(text|pairs)/{_NUMBER}\.json\.gz")
+
+
+def files_record(addresses: Iterable[str]) -> bytes:
+    """files.json: what belongs to a site, so that a later export knows what it may remove."""
+    return dump({"schema": SCHEMA, "files": sorted({*addresses, NO_JEKYLL})})
 
 
 class Site:
@@ -68,7 +76,7 @@ class Site:
         self._needles: Cache[NDArray[np.bool_]] = Cache(16)
         self._data: Cache[SetupData] = Cache(READ_SETUPS)
         self._answers: Cache[bytes] = Cache(PACKED_BYTES, len)
-        self._neighbours = Neighbours(lambda setup: self.list(setup).alive)
+        self._neighbours = Neighbours(lambda setup: self.list(setup).alive, self._languages_of)
         self._shards = Shards(source, self.texts.rank, self._neighbours)
         self._blocks = Used(lambda: self._used("examples", "block", self.texts.n_blocks))
         self._pairs = Used(lambda: self._used("pairs", "pair", self.texts.n_pairs))
@@ -106,6 +114,7 @@ class Site:
             "data/live.json": lambda: dump({"schema": SCHEMA, "live": self.live is not None, **(self.live or {})}),
             "data/labels.json": lambda: dump(self.labels_record()),
             "labels.csv": self._labels_csv,
+            FILES: lambda: files_record(self.addresses()),
         }
 
     def read(self, address: str) -> bytes:
@@ -172,6 +181,12 @@ class Site:
         same = (s for s in self.setups if s.trajectory == setup.trajectory and s.id != setup.id)
         return [(self._numbers[s.id], s) for s in same]
 
+    def _languages_of(self, setup: Setup) -> tuple[NDArray[np.int64], NDArray[np.bool_], int]:
+        """Of each feature the index of its language's class (-1: none) and whether it is mixed; the number of languages."""
+        found, n = self.list(setup), len(self.source.languages)
+        number = np.nan_to_num(found.columns["class"], nan=-1).astype(np.int64)
+        return np.where(number < n, number, -1), number == self.source.classes.index("mixed"), n
+
     def list(self, setup: Setup) -> FeatureList:
         """All features of a setup."""
         return self._lists.get(setup.id, lambda: read_list(self.source, setup, self.texts, self._histogram(setup)))
@@ -194,10 +209,12 @@ class Site:
         self._neighbours.prepare(setup, [other for _, other in self.counterparts(setup)])
 
     def _used(self, table: str, column: str, size: int) -> NDArray[np.int64]:
-        """Blocks or pairs that some setup shows, ascending."""
+        """Blocks or pairs that some setup shows, ascending; a damaged file is said where its own setup is read."""
         used = np.zeros(size, bool)
         for setup in self.setups:
-            found = read_columns(setup, table, [column])
+            found = None
+            with contextlib.suppress(InputError):
+                found = read_columns(setup, table, [column])
             if found is not None:
                 numbers = found[column].to_numpy()
                 if len(numbers) and not 0 <= numbers.min() <= numbers.max() < size:

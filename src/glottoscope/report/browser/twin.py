@@ -59,8 +59,12 @@ def feature_record(site: Site, setup: Setup, f: int, record: dict[str, Any], exa
             {
                 "id": f"{site.setups[number].id}:{other}", "step": site.setups[number].step, "cosine": cosine,
                 "mutual": bool(back),
+                "nearest": {
+                    language: None if found is None else {"id": f"{site.setups[number].id}:{found[0]}", "cosine": found[1]}
+                    for language, found in zip(languages, rest[0], strict=True)
+                } if rest else None,
             }
-            for number, other, cosine, back in record.get("over", ())
+            for number, other, cosine, back, *rest in record.get("over", ())
         ],
         "labels": [x.entry() for x in site.labels.latest() if x.setup == setup.id and x.feature == f],
     }  # fmt: skip

@@ -64,11 +64,14 @@ async function expanded(now) {
     examples: await Promise.all(examples),
     pairs: record.pairs ? await Promise.all(pairs) : null,
     near: (record.near ?? []).map((/** @type {number[]} */ [other, cosine]) => ({ id: `${setup.id}:${other}`, cosine })),
-    over: (record.over ?? []).map((/** @type {number[]} */ [number, other, cosine, back]) => ({
+    over: (record.over ?? []).map((/** @type {any[]} */ [number, other, cosine, back, nearest]) => ({
       id: `${now.site.setups[number].id}:${other}`,
       step: now.site.setups[number].step,
       cosine,
       mutual: back === 1,
+      nearest: nearest
+        ? Object.fromEntries(now.site.languages.map((/** @type {string} */ language, /** @type {number} */ n) => [language, nearest[n] && { id: `${now.site.setups[number].id}:${nearest[n][0]}`, cosine: nearest[n][1] }]))
+        : null,
     })),
     labels: (await labels()).labels.filter((/** @type {any} */ label) => label.setup === setup.id && label.feature === f),
   };
