@@ -18,7 +18,7 @@ help:
 	@echo "make demo       run the embedded study and print where the report is (about 2 minutes on 2 cores, after installation)"
 	@echo "make demo-full  the same with three sizes and the negative control (about 12 minutes)"
 	@echo "make test       run the tests"
-	@echo "make test-browser  look at a report in the system's Chromium (playwright drives it; no browser is downloaded)"
+	@echo "make test-browser  test the report and the browser's pages in the system's Chromium (playwright drives it; none is downloaded)"
 	@echo "make test-comet  make COMET's own environment in $(COMET) and test scoring with the real package (about 4 minutes)"
 	@echo "make bench      install the peers into $(BENCH) and run the benchmarks beside them (about an hour on 2 cores)"
 	@echo "make bench-quick  the same at small shapes (minutes), to see that all of it works"
@@ -59,7 +59,7 @@ demo-full: setup
 test: setup-dev
 	$(BIN)/python -m pytest tests
 
-# The report opens in a browser without one being needed to make it; a browser of the system is driven here.
+# Reports and sites are made without a browser; to test them, the system's is driven here.
 test-browser: find-browser $(VENV)/.installed-browser
 	$(BIN)/python -m pytest tests/browser
 

@@ -70,6 +70,7 @@ SECTIONS: dict[str, Callable[[Options], Section]] = {
     "intervention": from_module("intervention"),
     "memory": from_module("plan_memory"),
     "collection": collection,
+    "browser": from_module("browser"),
     "study": from_module("study"),
 }
 LEFT_OUT_BY_QUICK = ("study",)  # minutes; --only study asks for it

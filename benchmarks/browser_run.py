@@ -12,7 +12,7 @@ Shapes: N features, E examples of a chunk, W tokens of a window, B blocks, V voc
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -353,5 +353,14 @@ def quick(sizes: Sizes) -> Sizes:
     return sizes._replace(features=max(256, sizes.features // 100), blocks=sizes.blocks // 20, vocabulary=sizes.vocabulary // 10)
 
 
-def directory_bytes(paths: Sequence[Path]) -> int:
-    return sum(path.stat().st_size for path in paths)
+def cut_run(run: Path, root: Path, n: int) -> Path:
+    """A run directory that holds the first n setups of another, by links."""
+    root.mkdir(parents=True)
+    for path in run.iterdir():
+        if path.name not in ("cells", "labels", ".lock"):
+            (root / path.name).symlink_to(path.resolve())
+    for path in sorted((run / "cells").glob("*/layer_*/seed_*"))[:n]:
+        link = root / path.relative_to(run)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(path.resolve())
+    return root

@@ -25,6 +25,7 @@ from browser_fixture import (
     PIECES,
     N,
     blocks,
+    classes,
     hand_made,
     site_of,
 )
@@ -247,6 +248,25 @@ def test_neighbours_of_a_run(tiny: RunStore, prepared: bool) -> None:
         assert [x for _, x in record["near"]] == pytest.approx(near[order], abs=6e-5)
 
 
+@pytest.mark.parametrize("prepared", [False, True])
+def test_a_mixed_feature_has_the_nearest_of_each_language(store: RunStore, prepared: bool) -> None:
+    site = site_of(store)
+    here, there = site.setups
+    if prepared:
+        site.prepare(here)
+    units = [load_file(s.folder / "sae.safetensors")["W_dec"].astype(np.float64) for s in (here, there)]
+    cosine = np.einsum("id,jd->ij", *(x / np.linalg.norm(x, axis=1, keepdims=True) for x in units))
+    for f, name in enumerate(classes()):
+        record = shard(site, here, f)["features"][str(f)]
+        if name == "mixed":
+            for index, language in enumerate(("en", "ja")):
+                own = [g for g, x in enumerate(classes()) if x == language]
+                best = max(own, key=lambda g: cosine[f, g])
+                assert record["over"][0][4][index] == [best, pytest.approx(cosine[f, best], abs=6e-5)]
+        elif name != "dead":
+            assert len(record["over"][0]) == 4
+
+
 # ---- the index
 
 
@@ -325,6 +345,24 @@ def test_the_list_names_the_most_frequent_tokens(tiny: RunStore, real: Site) -> 
             shown = [counts[tokens[rank]] for rank in ranks]
             assert shown == sorted(counts.values(), reverse=True)[:5]
             assert all(a < b for (x, a), (y, b) in pairwise(zip(shown, ranks, strict=True)) if x == y)
+
+
+def test_tokens_keep_their_order_whatever_they_count(store: RunStore) -> None:
+    from glottoscope.atomic import write_table
+
+    addresses = ("data/cells/m@0/layer_01/seed_0/list.json", "data/cells/m@0/layer_01/seed_0/features/0-63.json")
+    before = [value(site_of(store), x) for x in addresses]
+    path = store.setup_dir("m", 0, 1, 0) / "histogram.parquet"
+    table = read_parquet(path)
+    # Too large for one integer to hold feature, count and rank.
+    write_table(path, table.set_column(3, "count", [[x * 2**58 for x in table["count"].to_pylist()]]))
+    after = [value(site_of(store), x) for x in addresses]
+    assert after[0]["top"] == before[0]["top"]
+    tokens = [found[1]["features"]["0"]["tokens"] for found in (before, after)]
+    for language in ("en", "ja"):
+        ranks = [[rank for rank, _, _ in found[language]] for found in tokens]
+        assert ranks[0] == ranks[1]
+    assert before[0]["top"]["en"][0] == sorted(before[0]["top"]["en"][0])  # equal counts: the more frequent token first
 
 
 def test_a_list_counts_examples(hand: Site) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -29,10 +30,14 @@ from test_intervene_study import RESULTS, Pair, documents, forward, loss, measur
 from transformers import PreTrainedModel
 
 import glottoscope as gs
+from glottoscope.errors import InputError
 from glottoscope.intervention import comet
 from glottoscope.sae.model import TopKSAE
+from glottoscope.study.config import InterventionConfig
 from glottoscope.study.interventions import settings_of
 from glottoscope.study.runner import clean
+from glottoscope.study.stages.context import Context
+from glottoscope.study.stages.intervene.experiments import check
 from glottoscope.study.store import RunStore
 
 # Beside the model of the tiny study another one of its width, and a wider one, which is the largest.
@@ -229,7 +234,16 @@ def test_the_settings_of_the_study_are_the_defaults(
         (["--features", "x=phi > "], "is no condition on the feature table"),
         (["--features", "x=select * from read_csv('/etc/passwd')"], "is no condition on the feature table"),
         (["--features", "x=3,32"], "feature 32 does not exist: the SAE has 32, numbered from 0"),
+        (["--features", "x=²"], "features '²' is no condition on the feature table"),
         (["--features", "x"], "--features 'x': write NAME=IDS or NAME=SQL"),
+        (
+            ["--features", "few=3,17", "--part", "few", "--layer", "0", "--layer", "1"],
+            "features.few: ids are those of one SAE and there are several (m@20 layer 0, m@20 layer 1)",
+        ),
+        (
+            ["--features", "few=3,17", "--part", "few", "--layer", "0", "--layer", "1", "--together"],
+            "features.few: ids are those of",
+        ),
         (["--features", "mixed=3"], "features.mixed: that is the name of a class; choose another"),
         (["--features", "ja=3"], "intervention.features.ja: that is a language of the study"),
         (["--mode", "subtract"], "intervention.mode"),
@@ -244,6 +258,28 @@ def test_the_settings_of_the_study_are_the_defaults(
 )
 def test_bad_options_are_one_line(several: RunStore, arguments: list[str], words: str) -> None:
     assert words in start(several, *arguments)
+
+
+def test_ids_of_several_models(several: RunStore) -> None:
+    """Two donors have two SAEs; one donor for two bases has one."""
+    context, given = Context.open(several.root), {**BRIEF, "bases": "half", "models": ["m", "other"], "features": {"few": [3, 17]}}
+    own = InterventionConfig.model_validate({**given, "parts": ["few"]})
+    with pytest.raises(InputError, match=r"features.few: ids are those of one SAE and there are several \(m@20 layer 1, other@4"):
+        check(context, own)
+    for changes in ({"donor_model": "m"}, {"parts": ["mixed"]}, {"models": ["m"]}, {"features": {"few": "feature in (3, 17)"}}):
+        check(context, own.model_copy(update=changes))
+
+
+def test_ids_with_one_layer_and_several_bases(tiny: RunStore, tmp_path: Path) -> None:
+    settings = {**BRIEF, "bases": [0, 20], "parts": ["few"], "features": {"few": [3, 17]}}
+    store = intervened(tiny, tmp_path / "run", settings)
+    assert {r["base_step"] for r in rows_of(store, part="few")} == {0, 20}
+
+
+def test_comet_uses_one_gpu_at_most(several: RunStore) -> None:
+    ended = command("intervene", several.root, "--base", "0", "--translate", "--comet-gpus", "2")
+    assert ended.code == 2
+    assert "--comet-gpus" in ended.err and "0<=x<=1" in ended.err
 
 
 @pytest.mark.parametrize("alpha", [math.nan, math.inf])
@@ -396,6 +432,10 @@ def test_help() -> None:
     assert ended.code == 0
     for option in ("--base", "--donor", "--layer", "--together", "--alpha", "--features", "--translate", "--comet", "--name"):
         assert option in ended.out
+    # What no option says is as in the study file, if it says anything.
+    words = " ".join(re.sub(r"[│╭╮╰╯─]", " ", ended.out).split())
+    for default in ("where half of the fall", "the last.", "the middle one.", "32.", "1,000.", "the largest that is no control."):
+        assert f"Default: the study file's, else {default}" in words
     assert command("comet", "--help").code == command("comet", "setup", "--help").code == 0
 
 

@@ -29,6 +29,7 @@ from study_fixture import (
     BRIEF,
     INTERVENTION,
     PLANTED,
+    attempt,
     contents,
     intervened,
     log_lines,
@@ -49,12 +50,13 @@ from glottoscope.intervention.perplexity import other_windows
 from glottoscope.lm.checkpoints import Checkpoint, load_lm
 from glottoscope.sae.model import TopKSAE
 from glottoscope.study.columns import columns_of
+from glottoscope.study.config import InterventionConfig
 from glottoscope.study.plan import seed_for
 from glottoscope.study.runner import clean, status
 from glottoscope.study.stages.context import Context
 from glottoscope.study.stages.intervene.experiments import Experiment, comet_key, experiments
+from glottoscope.study.stages.intervene.sentences import tasks_of
 from glottoscope.study.stages.intervene.texts import text_of
-from glottoscope.study.stages.intervene.translating import tasks_of
 from glottoscope.study.store import RunStore
 
 Row = dict[str, Any]
@@ -103,6 +105,10 @@ def folder_of(store: RunStore, name: str = "study") -> Path:
     """The folder of the only experiment of that name."""
     (folder,) = (store.interventions_dir / name).glob("*/*/*")
     return folder
+
+
+def as_config(settings: Mapping[str, Any]) -> InterventionConfig:
+    return InterventionConfig.model_validate(settings)
 
 
 def asked(store: RunStore) -> list[Experiment]:
@@ -401,10 +407,10 @@ def pair_of(store: RunStore, layer: int = 1, base: int = 0, donor: int = 20, mod
     return Pair(lms[0], lms[1], saes[0], saes[1], special, mode, scale)
 
 
-def documents(store: RunStore, tokens: int) -> list[list[int]]:
-    """Ids, BOS first, of the test documents that are measured: the first of each language up to half of the tokens."""
+def documents(store: RunStore, tokens: int, split: str = "test") -> list[list[int]]:
+    """Ids, BOS first, of the documents that are measured: the first of each language up to half of the tokens."""
     names = ("tokens", "language", "document")
-    ids, language, document = (np.load(store.tokens_dir / f"test.{name}.npy") for name in names)
+    ids, language, document = (np.load(store.tokens_dir / f"{split}.{name}.npy") for name in names)
     spent, kept = Counter[int](), []
     for row in np.argsort(document[:, -1], kind="stable"):
         g = int(language[row, -1])
@@ -414,9 +420,9 @@ def documents(store: RunStore, tokens: int) -> list[list[int]]:
     return kept
 
 
-def sentences(store: RunStore, tokens: int) -> list[list[int]]:
-    """Ids, BOS first, of the aligned test sentences that are measured: all of one language, then those of the other."""
-    ids, length = (np.load(store.aligned_dir / f"test.{name}.npy") for name in ("tokens", "length"))
+def sentences(store: RunStore, tokens: int, which: str = "test") -> list[list[int]]:
+    """Ids, BOS first, of the aligned sentences that are measured: all of one language, then those of the other."""
+    ids, length = (np.load(store.aligned_dir / f"{which}.{name}.npy") for name in ("tokens", "length"))
     n = int((np.cumsum((length - 1).sum(axis=0)) <= tokens).sum())
     return [ids[g, p, : length[g, p]].tolist() for g in range(len(ids)) for p in range(n)]
 
@@ -690,6 +696,9 @@ def test_comet_scores_count_for_the_translations_they_were_made_of(copy: RunStor
     (folder / "comet.json").write_text(json.dumps(about), encoding="utf-8")
     before = log_lines(copy)
     intervened(copy, copy.root, SMALL)
+    assert work_done(copy, before).get("intervene", 0) == 0  # whole or half written: nothing says that they are complete
+    copy.mark_done(folder, "comet", about["key"], {}, ["comet.parquet", "comet.json"])
+    intervened(copy, copy.root, SMALL)
     assert work_done(copy, before)["intervene"] == 2  # effects and the table
     found = rows_of(copy, metric="comet")
     assert {(r["arm"], r["language"]) for r in found} == {(a, d) for a in ("baseline", "donor") for d in ("en-ja", "ja-en")}
@@ -741,7 +750,9 @@ def test_real_text_is_scored_with_the_tokenizer_of_its_language(text_interventio
         assert not any("\n" in x for x in texts)
         record = json.loads((folder_of(text_interventions) / "done.json").read_text(encoding="utf-8"))
         # The model's 24 positions have no room for an example.
-        assert record[f"translation-{direction}-000"]["settings"] == {"dropped_shots": 1}
+        found = record[f"translation-{direction}-000"]["settings"]
+        assert found["dropped_shots"] == 1
+        assert found["signatures"]["bleu"] == row["signature"]
 
 
 # ---- determinism and resume
@@ -839,7 +850,7 @@ def test_status_tells_the_units_of_the_stage(tiny: RunStore, copy: RunStore, tmp
     assert words(tiny) == words(copy) == "done"
     shutil.copytree(tiny.root, tmp_path / "new")
     new = run({**PLANTED, "intervention": SMALL}, tmp_path / "new", until="score")
-    assert words(new) == "2 units to do"  # what there is to measure is known when there is a plan
+    assert words(new) == "1 units to do"  # what there is to measure is known when there is a plan
     (folder_of(copy) / "documents-000.npz").unlink()
     assert words(copy) == "1 units to do"
 
@@ -890,18 +901,71 @@ def test_a_killed_stage_continues_to_the_same_bytes_whatever_the_workers(small: 
         ({"layers": [2]}, "layer 2: there is no SAE of m there; the study has layers 0, 1"),
         ({"translation": {"files": ["none.jsonl"]}}, "none.jsonl: no such file"),
         ({"translation": {"shots": 100}}, "translation needs 100 examples and has 60"),
+        ({"translation": {"query": "{sauce}"}}, "template query: unknown field {sauce}"),
+        ({"translation": {"bleu_tokenize": "14a"}}, "BLEU has no tokenizer '14a'"),
+        ({"features": {"few": [3, 32]}, "parts": ["few"]}, "features.few: feature 32 does not exist: the SAE has 32"),
+        ({"features": {"few": [3]}, "parts": ["few"], "layers": [0, 1]}, "features.few: ids are those of one SAE"),
     ],
     ids=lambda x: "-".join(x) if isinstance(x, dict) else None,
 )
-def test_a_wrong_intervention_is_one_line(small: RunStore, tmp_path: Path, changes: dict[str, Any], words: str) -> None:
+def test_a_wrong_intervention_is_one_line_before_anything_is_made(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
     with pytest.raises(InputError) as caught:
-        intervened(small, tmp_path / "run", {**BRIEF, **changes})
+        run({**PLANTED, "intervention": {**BRIEF, **changes}}, tmp_path / "run", until="pretrain")
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
 
 
 def test_two_files_for_one_direction(small: RunStore, tmp_path: Path) -> None:
     planted_files(small, tmp_path)
     files = ["wikicorpus-e-to-j.json", "test/alt-e-to-j.json"]
     with pytest.raises(InputError, match=r"alt-e-to-j.json: there is another file with sentences from en to ja"):
-        intervened(small, tmp_path / "run", {**BRIEF, "translation": {"files": files, "shots": 1}})
+        run({**PLANTED, "intervention": {**BRIEF, "translation": {"files": files, "shots": 1}}}, tmp_path / "run", until="pretrain")
+    assert not (tmp_path / "run").exists()
+
+
+def test_wrong_prompts_of_real_text_are_told_before_anything_is_made(text_folder: Path, tmp_path: Path) -> None:
+    for changes, words in (
+        ({"shots": 100}, "translation needs 100 examples and has 80"),
+        ({"intro": "{instruction}"}, "template intro: {instruction} is used, but this data has no instruction"),
+        ({"shot": "{source} = {target} is\n", "query": "{source} =", "stop": " is"}, "shot 1: its translation holds the stop"),
+    ):
+        with pytest.raises(InputError) as caught:
+            raw = {**text_study(text_folder), "intervention": {**BRIEF, "translation": changes}}
+            run(raw, tmp_path / "run", until="pretrain")
+        assert words in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_failed_intervention_leaves_the_report_and_what_could_be_finished(tiny: RunStore, tmp_path: Path) -> None:
+    """The condition can only be read once there are features; the experiments of the other model are finished."""
+    shutil.copytree(tiny.root, tmp_path / "run")
+    wrong = {**BRIEF, "parts": ["mixed", "all", "odd"], "features": {"odd": "phy > 0.5"}}
+    result = attempt({**PLANTED, "intervention": wrong}, tmp_path / "run", until="report")
+    assert (result.exit_code, result.stage) == (2, "report")
+    (failure,) = result.failures
+    assert "features 'phy > 0.5' is no condition on the feature table" in failure.message
+    store = RunStore(tmp_path / "run")
+    assert (store.report_dir / "index.html").exists()
+    # The step 20 is patched as well; its unit of the plan is made to fail alone by a folder in the place of its files.
+    both = {**BRIEF, "bases": [0, 20]}
+    first, second = (e.folder(Context.open(store.root)) for e in experiments(Context.open(store.root), as_config(both)))
+    second.parent.mkdir(parents=True)
+    second.write_text("in the way", encoding="utf-8")
+    result = attempt({**PLANTED, "intervention": both}, store.root, until="report")
+    assert result.exit_code == 1 and len(result.failures) == 1
+    assert {r["base_step"] for r in rows_of(store)} == {0}
+    assert "Base: step 0." in (store.report_dir / "index.html").read_text(encoding="utf-8")
+    second.unlink()
+    assert attempt({**PLANTED, "intervention": both}, store.root, until="report").exit_code == 0
+    assert {r["base_step"] for r in rows_of(store)} == {0, 20}
+    assert first.exists()
+
+
+def test_a_half_that_cannot_be_told_leaves_the_report(tiny: RunStore, tmp_path: Path) -> None:
+    """It is asked for by the driver itself, before there is any unit."""
+    one = planted(models=planted_model(checkpoints=[20]))
+    result = attempt({**one, "intervention": {**BRIEF, "bases": "half"}}, tmp_path / "run", until="report")
+    assert (result.exit_code, len(result.failures)) == (2, 1)
+    assert "its loss does not fall between two checkpoints: give intervention.bases" in result.failures[0].message
+    assert (tmp_path / "run" / "report" / "index.html").exists()

@@ -219,6 +219,45 @@ def test_a_base_that_is_its_own_donor_writes_what_it_would_have_written(kind: st
         assert found == without_a_cache(kind, "nothing")
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_a_row_keeps_the_token_that_is_its_last(kind: str) -> None:
+    base, donor = pair(kind)
+    expected, (rows, length) = without_a_cache(kind, "part"), padded(texts())
+    for stops, lasts in ((some_stops(expected)[1], some_stops(expected)[2]), (set(), some_stops(expected)[3])):
+        for batch in (1, 3, 100):
+            found = greedy(
+                base, PREFIX, rows, length, max_new_tokens=NEW, stop_ids=stops, last_ids=lasts, batch=batch,
+                edits=EDITS["part"](), donor=donor, special_ids=SPECIAL,
+            )  # fmt: skip
+            kept = [row[: len(short) + 1] for row, short in zip(expected, cut(expected, lasts), strict=True)]
+            assert found == cut(kept, stops)
+            assert any(row and row[-1] in lasts and len(row) < NEW for row in found)
+
+
+@pytest.mark.parametrize("edits", ["part", "replace at two layers", "own part"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_the_added_norm_is_that_of_what_every_row_reads_whatever_the_batch(kind: str, edits: str) -> None:
+    """By hand: a pass of each prompt with what was written, up to the token that ended the row."""
+    base, donor = pair(kind)
+    expected = without_a_cache(kind, edits)
+    stops = some_stops(expected)[2]
+    outputs, by_hand = cut(expected, stops), EDITS[edits]()
+    with patched(base, by_hand, special_ids=SPECIAL, donor=Donor(donor, list(by_hand))):
+        for text, output in zip(texts(), outputs, strict=True):
+            # The last of the longest outputs is written and not read.
+            logits_of(base, torch.tensor([PREFIX + text + output[: NEW - 1]]))
+    for batch, shared in ((1, True), (3, True), (100, True), (3, False)):
+        rows, length = padded(texts() if shared else [PREFIX + text for text in texts()])
+        found = EDITS[edits]()
+        greedy(
+            base, PREFIX if shared else [], rows, length, max_new_tokens=NEW, stop_ids=stops, batch=batch, edits=found,
+            donor=donor, special_ids=SPECIAL,
+        )  # fmt: skip
+        for layer, edit in found.items():
+            assert edit.positions == by_hand[layer].positions
+            assert edit.added == pytest.approx(by_hand[layer].added, rel=1e-4)
+
+
 def test_progress_is_reported_in_rows() -> None:
     base, _ = pair("llama")
     rows, length = padded(texts())

@@ -23,7 +23,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedModel
 from glottoscope.errors import InputError
 from glottoscope.intervention.conditions import Condition, Readers, edits_of
 from glottoscope.intervention.parts import Injection, Mode, Reader
-from glottoscope.intervention.perplexity import Windows, describe, masses, measure, other_windows, windows
+from glottoscope.intervention.perplexity import Windows, describe, masses, mean_norm, measure, other_windows, windows
 from glottoscope.lm.capture import capture
 from glottoscope.lm.losses import lm_loss
 from glottoscope.lm.patch import Donor, Step, counted_positions, patched
@@ -119,7 +119,7 @@ def test_the_baseline_is_the_hugging_face_loss(kind: str, bos: int | None) -> No
     for name, cut in (("whole", whole), ("short", short)):
         for batch in (1, 3, 100):
             found = measure(model, None, cut, BASELINE, [2], special_ids=SPECIAL, batch=batch)
-            assert found.tokens.tolist() == n_U.tolist() and found.added_norm == [None]
+            assert found.tokens.tolist() == n_U.tolist() and np.isnan(mean_norm(found.added, found.positions)).all()
             np.testing.assert_allclose(found.nll[0] / n_U, np.array(expected[name]) / n_U, rtol=0, atol=1e-5)
 
 
@@ -210,10 +210,15 @@ def test_conditions_equal_one_window_at_a_time_whatever_the_batch(kind: str, lay
     cut = windows(tokens, lengths, window=10, stride=4, bos_id=BOS)
     other = other_windows(cut, np.array([0, 1, 0, 1]), seed=0)
     reference = all_conditions(layers, mode)
-    expected = np.zeros((len(reference), len(lengths)))
+    expected, added, positions = np.zeros((3, len(reference), len(lengths)))
     for s, (condition, edits) in enumerate(reference):
         for w, unit in enumerate(cut.unit):
+            before = [(e.added, e.positions) for e in edits.values()]
             expected[s, unit] += patched_loss(base, donor, cut, w, condition, edits, other[w])
+            for (had, n), edit in zip(before, edits.values(), strict=True):
+                added[s, unit] += edit.added - had
+                positions[s, unit] += edit.positions - n
+    assert len(set((added[4] / positions[4]).round(3))) == len(lengths)  # units differ in it
     for batch in (1, 3, 100):
         conditions = all_conditions(layers, mode)
         reports: list[tuple[float, float, str]] = []
@@ -230,10 +235,14 @@ def test_conditions_equal_one_window_at_a_time_whatever_the_batch(kind: str, lay
         assert np.array_equal(found.nll[by_arm["part", "all", 0.0]], baseline)  # to the bit
         np.testing.assert_allclose(found.nll[by_arm["identity", None, None]] / n_U, baseline / n_U, rtol=0, atol=1e-5)
         assert abs(found.nll[4:].sum(1) - baseline.sum()).min() > 1e-3  # everything else changes something
+        norm_S = mean_norm(found.added, found.positions)
         for s, (_, edits) in enumerate(reference):
-            assert found.added_norm[s] == (None if not edits else pytest.approx(
-                sum(e.added for e in edits.values()) / sum(e.positions for e in edits.values()), rel=1e-4, abs=1e-6
-            ))  # fmt: skip
+            assert norm_S[s] == pytest.approx(
+                sum(e.added for e in edits.values()) / sum(e.positions for e in edits.values()) if edits else np.nan,
+                rel=1e-4, abs=1e-6, nan_ok=True,
+            )  # fmt: skip
+            np.testing.assert_allclose(found.added[s], added[s], rtol=1e-4, atol=1e-5)  # each unit's own
+            assert found.positions[s].tolist() == positions[s].tolist()
     assert no_hooks(base) and no_hooks(donor)
 
 
@@ -246,7 +255,7 @@ def test_a_base_that_is_its_own_donor() -> None:
             found = measure(base, base, cut, pairs, [1, 2], special_ids=SPECIAL, batch=4)
             assert found.nll[2] == pytest.approx(found.nll[0], rel=1e-6)
             if mode == "replace":
-                assert found.nll[1] == pytest.approx(found.nll[0], rel=1e-6) and found.added_norm[1] == pytest.approx(0, abs=1e-6)
+                assert found.nll[1] == pytest.approx(found.nll[0], rel=1e-6) and found.added[1].sum() == pytest.approx(0, abs=1e-5)
             else:
                 assert abs(found.nll[1] - found.nll[0]).min() > 1e-3
 

@@ -72,16 +72,16 @@ def test_an_effect_that_random_features_have_too() -> None:
     effect = told.setting.at("part", "mixed", "documents", Target("ppl", "all"))
     assert effect is not None and effect.rank is not None and effect.rank > 5
     assert (found.verdict, found.beyond) == ("better", False)
-    assert f"{effect.rank - 1} of 32 draws from all alive features do better" in found.text
-    assert found.text.endswith("is not shown to be specific to the class: some random features of its mass help more.")
+    assert f"{effect.rank - 1} of 32 draws from all alive features do at least as well" in found.text
+    assert found.text.endswith("is not shown to be specific to the class: some random features of its mass help as much.")
     assert "None of these is shown to do better than random features" in summary(seen, [told])
-    assert any("is no evidence for the class. Some draws did better than mixed." in text for text in limits(seen, [told]))
+    assert any("is no evidence for the class. Some draws did at least as well as mixed." in text for text in limits(seen, [told]))
 
 
 def test_one_pool_alone_is_not_enough() -> None:
     _, _, found = story(PartEffect(-0.02, draws=(-0.02, 0.01), outside=(0.0, 0.001)))
     assert "better than all 32 draws from outside the class" in found.text
-    assert found.beyond is False and found.tag.endswith("but some random draws do more")
+    assert found.beyond is False and found.tag.endswith("but some random draws do as much")
 
 
 @pytest.mark.parametrize(
@@ -114,6 +114,26 @@ def test_harm() -> None:
     assert "do as much harm or more" in found.text and "So it is not shown to be specific to the class." in found.text
     assert found.beyond is False
     assert "1 raises it: mixed." in summary(seen, [told])
+
+
+@pytest.mark.parametrize(("change", "verdict"), [(-0.05, "better"), (0.05, "worse")])
+def test_draws_that_do_the_same_count_against_the_part(change: float, verdict: str) -> None:
+    """A rank tells draws that do at least as well, so one that does just as much harm is not seen in it."""
+    rows = intervention_rows({"mixed": PartEffect(change, draws=(0.0, 0.001), outside=None)}, translation=(), dev=False)
+    table = {(r["text"], r["metric"], r["language"]): r for r in rows if r["arm"] == "part" and r["chosen"]}
+    for row in rows:
+        part = table.get((row["text"], row["metric"], row["language"]))
+        if row["arm"] == "random" and row["draw"] < 2:
+            assert part is not None
+            row |= {"change": part["change"], "value": part["value"]}
+        elif row["arm"] == "part" and row["chosen"]:
+            row |= {"rank": 3 if verdict == "better" else 33, "n_random": 32}
+    seen = view(rows)
+    found = stories(seen)[0].findings[0]
+    assert (found.verdict, found.beyond) == (verdict, False)
+    does = "do at least as well" if verdict == "better" else "do as much harm or more"
+    assert f"2 of 32 draws from all alive features {does} (" in found.text
+    assert "The rank is 1 + the draws that do at least as well" in section(with_rows(rows), "")
 
 
 def test_an_empty_class_and_a_pool_too_small_are_named() -> None:
@@ -173,7 +193,7 @@ def test_own_language_and_other_texts() -> None:
     _, _, found = story(PartEffect(-0.02, lean=1.5), name="en")
     assert found.name == "English"
     assert "By language: English lower (−" in found.text and "Japanese higher (+" in found.text
-    assert "On aligned sentences: lower, too (−" in found.text and "32 draws from all alive features do better" in found.text
+    assert "On aligned sentences: lower, too (−" in found.text and "32 draws from all alive features do at least as well" in found.text
 
 
 def test_what_was_done_is_said() -> None:
@@ -225,7 +245,7 @@ def test_translation_in_words() -> None:
     _, told, _ = story(PartEffect(-0.05, translation=3.0), translation=("chrf", "comet"))
     others = dict(told.others)
     assert "mixed better (+" in others["COMET, English → Japanese"]  # COMET goes before chrF
-    assert "0 of 32 random draws do better" in others["COMET, English → Japanese"]
+    assert "0 of 32 random draws do at least as well" in others["COMET, English → Japanese"]
     assert others["chrF"].startswith("2 of 2 changes")
     seen, told, _ = story(PartEffect(-0.05), translation=())
     assert "Translation was not measured: nothing is said about it." in limits(seen, [told])
@@ -272,6 +292,64 @@ def test_settings_are_kept_apart() -> None:
     assert len(main.draws("random", "mixed", "documents", target)) == 32
     html = section(with_rows(*rows), "")
     assert "Other settings (3)" in html and "by hand: toy-128" in html and ", replace, matched" in html
+
+
+def named(name: str, *parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of the command line."""
+    return [row | {"experiment": name} for rows in parts for row in rows]
+
+
+def test_base_steps_of_the_command_line_do_not_join_the_studys() -> None:
+    own = {"mixed": PartEffect(-0.05)}
+    study = intervention_rows(own, translation=())
+    cli = named("cli", intervention_rows({**own, "few": PartEffect(-0.01)}, base_step=600), intervention_rows(own, base_step=300))
+    seen = view(study, cli)
+    assert [(s.experiment, s.base_step) for s in seen.main] == [("study", 300)]
+    # What only the others have is no gap of the study's.
+    assert (seen.parts, seen.translation_targets) == (["mixed"], [])
+    assert [f.part for f in stories(seen)[0].findings] == ["mixed"]
+    html = section(with_rows(study, cli), "")
+    assert "Other settings (2)" in html and "cli: toy-128, layer 2, step 600" in html
+    assert "Base: step 600" not in html
+    others = html[html.index("Other settings (2)") :]
+    assert ">few<" in others and ">few<" not in html[: html.index("Other settings (2)")]
+
+
+def test_one_name_of_the_command_line_is_shown_where_the_study_asks_for_none() -> None:
+    own = {"mixed": PartEffect(-0.05)}
+    second = named("second", intervention_rows(own, base_step=100))
+    first = named("first", intervention_rows(own, base_step=300), intervention_rows(own, base_step=600))
+    seen = view(second, first)
+    assert [(s.experiment, s.base_step) for s in seen.main] == [("first", 300), ("first", 600)]
+
+
+def test_the_studys_own_are_shown_whatever_model_others_are_of() -> None:
+    own = {"mixed": PartEffect(-0.05)}
+    study = intervention_rows(own, model="toy-32")
+    seen = view(study, named("cli", intervention_rows(own)))
+    assert [(s.experiment, s.model) for s in seen.main] == [("study", "toy-32")]
+
+
+def test_examples_that_did_not_fit_are_told() -> None:
+    words = "2 of 4 examples left out, with which the longest sentence does not fit the model"
+    rows = intervention_rows({"mixed": PartEffect(-0.05, draws=None, outside=None)})
+    for row in rows:
+        if row["text"] == "translation":
+            row["note"] = f"prompts: {words}" + ("; random: pool too small" if row["arm"] == "part" else "")
+    told = stories(view(rows))[0]
+    assert dict(told.others)["Prompts"] == f"English → Japanese: {words}; Japanese → English: {words}."
+    assert "no draws from all alive features (pool too small)" in told.findings[0].text  # one reason is not the other
+    assert told.setting.note("part", "mixed") is None
+    assert "Prompts" not in dict(stories(view(intervention_rows({"mixed": PartEffect(-0.05)})))[0].others)
+
+
+@pytest.mark.parametrize("alphas", [(-0.4, -0.1, 0.4), (-0.8, -0.4), (0.1, 0.4)])
+def test_every_strength_is_on_the_axis(alphas: tuple[float, ...]) -> None:
+    rows = intervention_rows({"mixed": PARTS["mixed"]}, alphas=alphas, chosen=alphas[-1], texts=("documents",), translation=())
+    figure = next(f.figure for f in intervention_figures(with_rows(rows)) if f.name == "intervention_alpha")
+    for ax in figure.axes:
+        low, high = ax.get_xlim()
+        assert low <= min(0, *alphas) and max(0, *alphas) <= high
 
 
 def cells(html: str, caption: str) -> dict[str, list[str]]:

@@ -245,6 +245,13 @@ def test_two_changes_at_once(tiny: RunStore, opened: Run, lm: PreTrainedModel, i
         ({"multiply": 0.0, "features": [3, 32]}, "feature 32 does not exist: the SAE has 32, numbered from 0"),
         ({"multiply": 0.0, "features": [-1]}, "feature -1 does not exist"),
         ({"multiply": 0.0, "features": []}, "name no feature of m, step 20, layer 1"),
+        (
+            {"multiply": 0.0, "features": [1.5]},
+            "features [1.5]: give a list of ids (whole numbers), a class, or a condition in SQL",
+        ),
+        ({"multiply": 0.0, "features": 3}, "features 3: give a list of ids"),
+        ({"multiply": 0.0, "mode": "foo"}, "mode = 'foo': choose one of add, replace"),
+        ({"add": 0.5, "scale": "bar"}, "scale = 'bar': choose one of matched, raw"),
         ({"multiply": 0.0, "features": "density > 2"}, "name no feature of m, step 20, layer 1"),
         ({"multiply": 0.0, "features": "mixd"}, "'mixd' is no condition on the feature table"),
         ({"multiply": 0.0, "step": 7}, "no SAE for model 'm', step 7, layer 1, seed 0; there are: m@0/layer_00/seed_0"),

@@ -168,16 +168,26 @@ def report(run_dir: RunDir) -> None:
 def intervene(
     run_dir: RunDir,
     base: Annotated[
-        list[int], typer.Option(help="Step of the base. Repeatable. Default: where half of the fall in log perplexity is done.")
+        list[int],
+        typer.Option(
+            help="Step of the base. Repeatable. Default: the study file's, else where half of the fall in log perplexity is done."
+        ),
     ] = [],  # noqa: B006 - typer wants a list
-    donor: Annotated[int | None, typer.Option(help="Step of the donor. Default: the last.")] = None,
-    model: Annotated[list[str], typer.Option(help="Model. Repeatable. Default: the largest that is no control.")] = [],  # noqa: B006
+    donor: Annotated[int | None, typer.Option(help="Step of the donor. Default: the study file's, else the last.")] = None,
+    model: Annotated[
+        list[str], typer.Option(help="Model. Repeatable. Default: the study file's, else the largest that is no control.")
+    ] = [],  # noqa: B006
     donor_model: Annotated[str | None, typer.Option(help="Model of the donor. Default: the base's own.")] = None,
-    layer: Annotated[list[int], typer.Option(help="Layer. Repeatable, each alone. Default: the middle one.")] = [],  # noqa: B006
+    layer: Annotated[
+        list[int], typer.Option(help="Layer. Repeatable, each alone. Default: the study file's, else the middle one.")
+    ] = [],  # noqa: B006
     together: Annotated[bool, typer.Option("--together", help="Patch all these layers at once.")] = False,
-    alpha: Annotated[list[float], typer.Option(help="Strength. Repeatable; the best on dev is chosen.")] = [],  # noqa: B006
+    alpha: Annotated[
+        list[float], typer.Option(help="Strength. Repeatable; the best on dev is chosen. Default: the study file's.")
+    ] = [],  # noqa: B006
     part: Annotated[
-        list[str], typer.Option(help="A language, mixed, bilingual, bilingual_paper, all. Repeatable. Default: all of these.")
+        list[str],
+        typer.Option(help="A language, mixed, bilingual, bilingual_paper, all. Repeatable. Default: the study file's, else all."),
     ] = [],  # noqa: B006
     features: Annotated[
         list[str],
@@ -185,18 +195,22 @@ def intervene(
     ] = [],  # noqa: B006
     mode: Annotated[str | None, typer.Option(help="add | replace")] = None,
     scale: Annotated[str | None, typer.Option(help="matched (to the base's norm) | raw (the donor's)")] = None,
-    draws: Annotated[int | None, typer.Option(min=0, help="Random draws per part and pool. Default: 32.")] = None,
+    draws: Annotated[
+        int | None, typer.Option(min=0, help="Random draws per part and pool. Default: the study file's, else 32.")
+    ] = None,
     translate: Annotated[
         bool | None, typer.Option("--translate/--no-translate", help="Translate, too. Default: as in the study file.")
     ] = None,
-    pairs: Annotated[int | None, typer.Option(min=1, help="Sentence pairs to translate. Default: 1,000.")] = None,
+    pairs: Annotated[
+        int | None, typer.Option(min=1, help="Sentence pairs to translate. Default: the study file's, else 1,000.")
+    ] = None,
     comet: Annotated[
         Path | None, typer.Option(metavar="MODEL_PATH", help="COMET checkpoint (file or folder) to score translations with.")
     ] = None,
     comet_environment: Annotated[
         Path | None, typer.Option(help="Where `glottoscope comet setup` put it, if not the default.")
     ] = None,
-    comet_gpus: Annotated[int, typer.Option(min=0, help="GPUs for COMET.")] = 0,
+    comet_gpus: Annotated[int, typer.Option(min=0, max=1, help="GPUs for COMET: 0 or 1.")] = 0,
     comet_batch: Annotated[int, typer.Option(min=1, help="Sentences that COMET reads together.")] = 16,
     name: Annotated[str, typer.Option(help="Name of these experiments in the table; another name keeps both.")] = "cli",
     set_: SetOption = [],  # noqa: B006
@@ -204,8 +218,8 @@ def intervene(
 ) -> None:
     """Add a part of a trained checkpoint's representation to an earlier one, with controls; loss and translation before and after.
 
-    Needs a finished run. Rows go to tables/intervention.parquet and .csv, figures and words to the report. --set changes
-    any other field of \\[intervention] (docs/configuration.md).
+    Needs a finished run. Rows go to tables/intervention.parquet and .csv, figures and words to the report. What no option says
+    is as in \\[intervention] of the study file; --set changes any field of it (docs/configuration.md).
     """
     from glottoscope.study.engine import stop_on_sigterm
     from glottoscope.study.interventions import Comet, print_effects, settings_of
@@ -241,7 +255,7 @@ def _named_features(text: str) -> tuple[str, list[int] | str]:
     if not equals or not name.strip() or not wanted.strip():
         raise InputError(f'--features {text!r}: write NAME=IDS or NAME=SQL, as in "few=3,17" or "steady=phi > 0.6"')
     ids = [x.strip() for x in wanted.split(",")]
-    return name.strip(), [int(x) for x in ids] if all(x.isdigit() for x in ids) else wanted.strip()
+    return name.strip(), [int(x) for x in ids] if all(x.isdecimal() for x in ids) else wanted.strip()
 
 
 comet_app = typer.Typer(help="COMET, which needs an environment of its own.", no_args_is_help=True)

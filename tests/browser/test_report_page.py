@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -15,23 +14,13 @@ from typing import Any, Literal
 from urllib.parse import urldefrag
 
 import pytest
-from playwright.sync_api import Browser, Dialog, Page, Request, sync_playwright
+from playwright.sync_api import Browser, Dialog, Page, Request
 from report_fixture import report_data
 
 from glottoscope.report.page import PAPER_URL, build_report
 from glottoscope.report.summary import answer
 from glottoscope.report.webfont import FAMILY
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome-stable", "google-chrome")
-FLAGS = (
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-)
 WIDTHS = (360, 768, 1300, 2560)
 SCHEMES: tuple[Literal["light", "dark"], ...] = ("light", "dark")
 JAPANESE = "その古い川は冷たかった"  # of the synthetic examples
@@ -47,17 +36,6 @@ class Tab:
 
     def run(self, script: str, argument: Any = None) -> Any:
         return self.page.evaluate(script, argument)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    found = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if found is None:
-        pytest.fail(f"no Chromium on PATH (looked for {', '.join(BROWSERS)}); on Debian: apt install chromium fonts-noto-cjk")
-    with sync_playwright() as driver:
-        chromium = driver.chromium.launch(executable_path=found, args=FLAGS)
-        yield chromium
-        chromium.close()
 
 
 @pytest.fixture(scope="module")

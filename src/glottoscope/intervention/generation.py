@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -51,17 +51,23 @@ def greedy(
     *,
     max_new_tokens: int,
     stop_ids: Collection[int],
+    last_ids: Collection[int] = (),
     batch: int,
     edits: Mapping[int, Injection] | None = None,
     donor: PreTrainedModel | None = None,
     special_ids: Collection[int] = (),
     report: Report = lambda *_: None,
 ) -> list[list[int]]:
-    """The most likely next token, again and again, until a stop token: new ids of every row, without the stop token.
+    """The most likely next token, again and again, until one that ends the row: new ids of every row.
+
+    What the edits sum up counts the positions of a row's prompt, beginning included, and of its output as far as it was
+    read, each once: it does not depend on `batch`.
 
     Args:
         prefix: ids that all prompts begin with; may be empty.
         rows: [R, T] what follows it, padded on the left; length [R], each at least 1.
+        stop_ids: tokens that end a row and are not part of it.
+        last_ids: tokens that end a row and are its last.
         edits, donor: the patch; every position of prompt and output that is not masked goes through it.
         special_ids: tokens whose positions are not patched.
 
@@ -79,7 +85,8 @@ def greedy(
             longest = int(length[chosen].max())
             ids = torch.from_numpy(rows[chosen, rows.shape[1] - longest :].astype(np.int64)).to(device)
             real = torch.from_numpy(np.arange(longest) >= longest - length[chosen][:, None]).to(device)
-            found = _continue(model, start_reading(), prefix, ids, real, max_new_tokens, stop_ids)
+            rules = _Rules(max_new_tokens, frozenset(stop_ids), frozenset(last_ids))
+            found = _continue(model, start_reading(), prefix, ids, real, rules, list((edits or {}).values()))
             for row, new in zip(chosen.tolist(), found, strict=True):
                 result[row] = new
             report(min(start + batch, len(order)), len(order), "sentences")
@@ -157,26 +164,37 @@ class _PlainReading:
             self._donor.select(rows)
 
 
+class _Rules(NamedTuple):
+    """When a row ends."""
+
+    max_new_tokens: int
+    stop_ids: frozenset[int]
+    last_ids: frozenset[int]
+
+
 def _continue(
-    model: PreTrainedModel, reading: Reading, prefix: Sequence[int], ids_BT: Tensor, real_BT: Tensor, max_new_tokens: int,
-    stop_ids: Collection[int],
+    model: PreTrainedModel, reading: Reading, prefix: Sequence[int], ids_BT: Tensor, real_BT: Tensor, rules: _Rules,
+    edits: Sequence[Injection],
 ) -> list[list[int]]:  # fmt: skip
-    device, n_rows = ids_BT.device, len(ids_BT)
+    device, n_rows, max_new_tokens = ids_BT.device, len(ids_BT), rules.max_new_tokens
     if prefix:
         ids_1P = torch.tensor([list(prefix)], device=device)
+        _weigh(edits, torch.tensor([n_rows]))  # read once for all rows
         reading.read(ids_1P, torch.ones_like(ids_1P, dtype=torch.bool))
         reading.repeat(n_rows)
     head = model.get_output_embeddings()
     assert head is not None
-    stops = torch.tensor(sorted(stop_ids), dtype=torch.long, device=device)
+    stops, lasts = (torch.tensor(sorted(x), dtype=torch.long, device=device) for x in (rules.stop_ids, rules.last_ids))
     rows = torch.arange(n_rows, device=device)
     going_B = torch.ones(n_rows, dtype=torch.bool, device=device)  # of those still carried along
     new_BN = torch.full((n_rows, max_new_tokens), -1, dtype=torch.long, device=device)
     ids, real = ids_BT, real_BT
     for n in range(max_new_tokens):
+        _weigh(edits, going_B)  # rows that have ended are read on and count no more
         token_B = head(reading.read(ids, real)[:, -1]).argmax(-1)
         going_B = going_B & ~torch.isin(token_B, stops)
         new_BN[rows, n] = torch.where(going_B, token_B, -1)
+        going_B = going_B & ~torch.isin(token_B, lasts)
         if not bool(going_B.any()) or n == max_new_tokens - 1:
             break
         # Once a quarter of the rows have ended, the others go on alone: copying what is kept of them costs a step.
@@ -188,4 +206,10 @@ def _continue(
         real = torch.ones_like(ids, dtype=torch.bool)
     new = new_BN.cpu().numpy()
     ended = np.where((new == -1).any(axis=1), np.argmax(new == -1, axis=1), max_new_tokens)
+    _weigh(edits, None)
     return [row[:end].tolist() for row, end in zip(new, ended, strict=True)]
+
+
+def _weigh(edits: Sequence[Injection], weight_B: Tensor | None) -> None:
+    for edit in edits:
+        edit.weight_B = weight_B

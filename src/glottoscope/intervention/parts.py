@@ -10,7 +10,7 @@ Shape legend: B sequences, T positions, K active features, N features, D d_model
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import torch
@@ -95,7 +95,9 @@ class Injection:
         own: the same SAE for the base's state, for mode replace.
         weight_N: of the features, in the reader's SAE; None: every feature.
         scale: matched gives the donor's part the base's norm, raw leaves it the donor's.
+        weight_B: how often each sequence of a pass counts in `added` and `positions`; None: once.
         added, positions: sums over positions of ||h' - h|| / ||h||, and how many.
+        last_added_B, last_positions_B: the same of the last pass by sequence, each counted once.
     """
 
     reader: Reader
@@ -106,23 +108,32 @@ class Injection:
     mode: Mode = "add"
     scale: Scale = "matched"
     own: Reader | None = None
+    weight_B: Tensor | None = None
     added: float = 0.0
     positions: int = 0
+    last_added_B: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
+    last_positions_B: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
 
     def __call__(self, h_BTD: Tensor, step: Step) -> Tensor:
         if self.alpha == 0 and self.kind not in ("reconstruction", "state_replaced", "identity"):
-            self.positions += int(step.counted_BT.sum())
+            self._count(torch.zeros(len(h_BTD), dtype=torch.float64), step)
             return h_BTD  # nothing is added, not even a zero
         self.reader.check(h_BTD)
         # One precision for all arithmetic here, that of the SAE; the model's own only at the end.
         h = h_BTD.to(self.reader.sae.W_dec)
         norm_BT1 = torch.linalg.vector_norm(h, dim=-1, keepdim=True)
         changed = torch.where(step.counted_BT[..., None], self._changed(h_BTD, h, norm_BT1, step).to(h_BTD), h_BTD)
-        moved_BT1 = torch.linalg.vector_norm(changed.to(h) - h, dim=-1, keepdim=True)
-        counted_BT1 = step.counted_BT[..., None] & (norm_BT1 > 0)
-        self.added += float((moved_BT1[counted_BT1] / norm_BT1[counted_BT1]).detach().double().sum())
-        self.positions += int(step.counted_BT.sum())
+        moved_BT = torch.linalg.vector_norm((changed.to(h) - h).detach(), dim=-1)
+        norm_BT = norm_BT1.detach()[..., 0]
+        share_BT = torch.where(step.counted_BT & (norm_BT > 0), moved_BT / norm_BT, 0)
+        self._count(share_BT.double().sum(dim=1), step)
         return changed
+
+    def _count(self, added_B: Tensor, step: Step) -> None:
+        self.last_added_B, self.last_positions_B = added_B.cpu(), step.counted_BT.sum(dim=1).cpu()
+        weight_B = torch.ones_like(self.last_positions_B) if self.weight_B is None else self.weight_B.to(self.last_positions_B)
+        self.added += float((weight_B * self.last_added_B).sum())
+        self.positions += int((weight_B * self.last_positions_B).sum())
 
     def _changed(self, h_BTD: Tensor, h: Tensor, norm_BT1: Tensor, step: Step) -> Tensor:
         sae = self.reader.sae

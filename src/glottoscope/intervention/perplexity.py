@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from glottoscope.errors import InputError
-from glottoscope.intervention.conditions import Condition, added_norm
+from glottoscope.intervention.conditions import Condition
 from glottoscope.intervention.parts import Injection
 from glottoscope.lm.capture import capture
 from glottoscope.lm.losses import check_head, loss_of_hidden
@@ -37,7 +37,14 @@ class Measured(NamedTuple):
 
     nll: NDArray[np.float64]  # [S, U] nats
     tokens: NDArray[np.int64]  # [U]
-    added_norm: list[float | None]  # per condition
+    added: NDArray[np.float64]  # [S, U] sum of ||h' - h|| / ||h|| over the patched positions of all layers
+    positions: NDArray[np.int64]  # [S, U] how many; 0 where nothing is patched
+
+
+def mean_norm(added_SU: NDArray[np.float64], positions_SU: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Mean ||h' - h|| / ||h|| over the positions of some units [S]; NaN where nothing is patched."""
+    n_S = positions_SU.sum(axis=1)
+    return np.divide(added_SU.sum(axis=1), n_S, out=np.full(len(n_S), np.nan), where=n_S > 0)
 
 
 def windows(tokens: NDArray[np.integer], lengths: NDArray[np.integer], *, window: int, stride: int, bos_id: int | None) -> Windows:
@@ -94,7 +101,7 @@ def measure(
 
     Args:
         donor: None where no condition needs one.
-        conditions: with their edits, which sum up the norm they add.
+        conditions: with their edits.
         layers: that any edit patches or reads; the lowest is where every condition goes on from.
         other_W: for the arm `shuffled`, the window whose donor states stand in for each window's own.
 
@@ -106,6 +113,7 @@ def measure(
         check_head(donor)
     n_units = int(text.unit.max(initial=-1)) + 1
     nll_SU = np.zeros((len(conditions), n_units))
+    added_SU, positions_SU = np.zeros(nll_SU.shape), np.zeros(nll_SU.shape, np.int64)
     tokens_U = np.zeros(n_units, np.int64)
     device = next(base.parameters()).device
     order = np.argsort(text.length, kind="stable")
@@ -135,10 +143,14 @@ def measure(
                 remedy = "take a smaller alpha" if condition.alpha else "check the model's weights"
                 raise InputError(f"condition {describe(condition)}: the loss is not finite; {remedy}")
             nll_SU[s, scene.units] += nll
+            for edit in todo.values():
+                # A unit may have several windows in a batch.
+                np.add.at(added_SU[s], text.unit[rows], edit.last_added_B.numpy())
+                np.add.at(positions_SU[s], text.unit[rows], edit.last_positions_B.numpy())
             if s == 0:
                 tokens_U[scene.units] += n
         report(min(start + batch, len(order)), len(order), f"{len(conditions)} conditions")
-    return Measured(nll_SU, tokens_U, [added_norm(list(edits.values())) for _, edits in conditions])
+    return Measured(nll_SU, tokens_U, added_SU, positions_SU)
 
 
 def describe(condition: Condition) -> str:

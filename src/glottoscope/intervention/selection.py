@@ -6,6 +6,7 @@ Shape legend: N features of one SAE.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import index
 
 import numpy as np
 import pyarrow as pa
@@ -24,15 +25,15 @@ def select(table: pa.Table, wanted: str | Sequence[int], languages: Sequence[str
             SQL on the table's columns. Features that are not alive are never part of a class.
 
     Raises:
-        InputError: an id beyond the SAE, or a condition that DuckDB cannot read; repeats what it says.
+        InputError: an id beyond the SAE or that is no whole number, or a condition that DuckDB cannot read; repeats what it says.
     """
     alive = _flags(table, "alive")
     if not isinstance(wanted, str):
-        outside = [i for i in wanted if not 0 <= i < table.num_rows]
-        if outside:
+        ids = _ids(wanted)
+        if outside := [i for i in ids if not 0 <= i < table.num_rows]:
             raise InputError(f"feature {outside[0]} does not exist: the SAE has {table.num_rows:,}, numbered from 0")
         chosen = np.zeros(table.num_rows, bool)
-        chosen[list(wanted)] = True
+        chosen[ids] = True
         return chosen
     if wanted == "all":
         return alive
@@ -41,6 +42,13 @@ def select(table: pa.Table, wanted: str | Sequence[int], languages: Sequence[str
     if wanted == "mixed" or wanted in languages:
         return alive & (np.array(table["language"].to_pylist(), dtype=object) == wanted)
     return _query(table, wanted)
+
+
+def _ids(wanted: Sequence[int]) -> list[int]:
+    try:
+        return [index(i) for i in wanted]
+    except TypeError:
+        raise InputError(f"features {wanted!r}: give a list of ids (whole numbers), a class, or a condition in SQL") from None
 
 
 def _flags(table: pa.Table, column: str) -> NDArray[np.bool_]:

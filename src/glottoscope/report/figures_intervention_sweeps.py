@@ -66,7 +66,7 @@ def _alphas(view: View) -> ReportFigure | None:
                 ax.axvline(alpha, color=MUTED, linewidth=0.8, linestyle="--")
             everything = [e for effects in lines.values() for e in effects]
             panels.append((ax, [*everything, *dev], s.at("donor", None, text, target)))
-            ax.set_xlim(0, max(s.alphas) * 1.06)
+            ax.set_xlim(min(0, *s.alphas) * 1.06, max(0, *s.alphas) * 1.06)
             ax.xaxis.set_major_locator(MaxNLocator(5))
             ax.set_title(drawable(view.language_name(target.language)))
     bent = any(_harm(effects) > MUCH_HARM for _, effects, _ in panels)

@@ -1,8 +1,8 @@
 """What the intervention shows, in words computed from the table: what was done, what may be concluded and what may not.
 
 An effect is stated where its 95 % interval leaves 0 out. It counts for a class only where the class does better than
-random features of the same activation mass: `rank` is 1 + the draws that do better, so rank / (draws + 1) is the share
-of equally likely outcomes that would look as good if the class were one more random draw.
+random features of the same activation mass: `rank` is 1 + the draws that do at least as well, so rank / (draws + 1) is the
+share of equally likely outcomes that would look as good if the class were one more random draw.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from glottoscope.report.intervention_numbers import (
     FEWEST_DRAWS,
     LEVEL,
     POOLS,
+    as_far_as,
     beyond_draws,
     beyond_pool,
     change_words,
@@ -141,7 +142,7 @@ def _finding(view: View, s: Setting, part: str, text: str) -> Finding:
     words, beyond = [_effect_words(s, effect, part, text)], None
     draws = [_against_draws(s, effect, pool, part, text, target) for pool in POOLS] if part != "all" else []
     if draws:
-        beyond = beyond_draws(effect)
+        beyond = beyond_draws(effect, {pool: s.draws(pool, part, text, target) for pool in POOLS})
         verdict = ". So it is not shown to be specific to the class" if beyond is False and effect.verdict == "worse" else ""
         words.append(f"Random features of the same activation mass: {'; '.join(d.clause for d in draws)}{verdict}.")
     words.append(_by_language(view, s, part, text))
@@ -197,13 +198,13 @@ def _against_draws(s: Setting, effect: Effect, pool: str, part: str, text: str, 
     note, where = s.note(pool, part), f"draws {POOLS[pool]}"
     if rank is None or not n:
         return _Draws(f"no {where}{f' ({note})' if note else ''}", 0)
-    theirs, better = _range(s.draws(pool, part, text, target)) + (f" ({note})" if note else ""), rank - 1
-    flag = beyond_pool(effect, pool)
+    drawn = s.draws(pool, part, text, target)
+    theirs = _range(drawn) + (f" ({note})" if note else "")
+    flag = beyond_pool(effect, pool, drawn)
     if effect.verdict not in ("better", "worse"):
-        return _Draws(f"{better} of {n} {where} do better{theirs}", n)
-    harm = effect.verdict == "worse"
-    as_far = n - better if harm else better
-    more, does = ("more harm than", "do as much harm or more") if harm else ("better than", "do better")
+        return _Draws(f"{rank - 1} of {n} {where} do at least as well{theirs}", n)
+    harm, as_far = effect.verdict == "worse", as_far_as(effect, pool, drawn)
+    more, does = ("more harm than", "do as much harm or more") if harm else ("better than", "do at least as well")
     if as_far == 0:
         return _Draws(f"{more} all {n} {where}{theirs}", n)
     if flag:
@@ -281,7 +282,7 @@ def _other_texts(view: View, s: Setting, part: str, target: Target, verdict: str
         if effect is not None and effect.verdict != "missing":
             too = ", too" if effect.verdict == verdict and verdict in ("better", "worse") else ""
             rank, n = ranked(effect, "random")
-            draws = f"; {rank - 1} of {n} draws {POOLS['random']} do better" if rank is not None and n else ""
+            draws = f"; {rank - 1} of {n} draws {POOLS['random']} do at least as well" if rank is not None and n else ""
             words.append(f"On {TEXT_NAMES[text]}: {LOWER_HIGHER[effect.verdict]}{too} ({change_words(effect)}{draws}).")
     return " ".join(words)
 
@@ -291,7 +292,9 @@ def _so(beyond: bool | None, controls: list[_Control], *, few: bool) -> str:
         why = f"with fewer than {FEWEST_DRAWS} draws the rank cannot reach {100 * LEVEL:.0f} %, so " if few else ""
         return f"So it helps; {why}whether the class has to do with it was not tested."
     if not beyond:
-        return "So it helps, but the effect is not shown to be specific to the class: some random features of its mass help more."
+        return (
+            "So it helps, but the effect is not shown to be specific to the class: some random features of its mass help as much."
+        )
     without = listed(["random features of the same mass", *(c.ruled_out for c in controls if c.ruled_out)])
     doubts = [c.doubt for c in controls if c.doubt]
     return f"So it does what {without} do not{f', but {listed(doubts)}' if doubts else ''}."
@@ -300,6 +303,6 @@ def _so(beyond: bool | None, controls: list[_Control], *, few: bool) -> str:
 def _tag(verdict: str, beyond: bool | None, part: str, *, few: bool) -> str:
     if verdict == "better":
         untold = ", too few random draws to tell" if few else ", no random draws to compare with"
-        ending = {True: ", beyond its random draws", False: ", but some random draws do more", None: untold}[beyond]
+        ending = {True: ", beyond its random draws", False: ", but some random draws do as much", None: untold}[beyond]
         return "lowers perplexity" + ("" if part == "all" else ending)
     return {"worse": "raises perplexity", "unclear": "no change that can be told from 0"}.get(verdict, "no interval")

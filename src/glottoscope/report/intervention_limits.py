@@ -6,7 +6,7 @@ import math
 
 from glottoscope.report.data import distinct, where
 from glottoscope.report.intervention import Finding, Story
-from glottoscope.report.intervention_numbers import FEWEST_DRAWS, LEVEL, beyond_draws, listed
+from glottoscope.report.intervention_numbers import FEWEST_DRAWS, LEVEL, POOLS, beyond_draws, listed
 from glottoscope.report.intervention_view import METRIC_NAMES, TEXT_NAMES, Effect, Target, View
 from glottoscope.report.summary import plural
 
@@ -68,8 +68,9 @@ def _counts(view: View, text: str, found: list[tuple[Story, str, Effect]], sever
     if better:
         verb = _verb(len(better), "lower")
         words = [f"{where} {len(better)} of them {verb} pooled perplexity with the 95 % interval below 0."]
-        beyond = [item for item in better if beyond_draws(item[2])]
-        untested = [item for item in better if beyond_draws(item[2]) is None]
+        flags = [_beyond(story, part, effect) for story, part, effect in better]
+        beyond = [item for item, flag in zip(better, flags, strict=True) if flag]
+        untested = [item for item, flag in zip(better, flags, strict=True) if flag is None]
         if beyond:
             words.append(f"Better than random features of the same activation mass: {named(beyond)}.")
         elif len(untested) < len(better):
@@ -79,6 +80,11 @@ def _counts(view: View, text: str, found: list[tuple[Story, str, Effect]], sever
     if worse:
         words.append(f"{len(worse)} {_verb(len(worse), 'raise')} it: {named(worse)}.")
     return words
+
+
+def _beyond(story: Story, part: str, effect: Effect) -> bool | None:
+    target = Target(effect.metric, effect.language)
+    return beyond_draws(effect, {pool: story.setting.draws(pool, part, effect.text, target) for pool in POOLS})
 
 
 def _was(n: int) -> str:
@@ -115,7 +121,7 @@ def _scope(view: View) -> str:
 def _random(stories: list[Story]) -> str:
     rule = "An effect that random features of the same activation mass also have is no evidence for the class."
     same = [(story, f.name) for story, f in _findings(stories) if f.verdict == "better" and f.beyond is False]
-    return f"{rule} Some draws did better than {_named(same, len(stories) > 1)}." if same else rule
+    return f"{rule} Some draws did at least as well as {_named(same, len(stories) > 1)}." if same else rule
 
 
 def _comparisons(view: View, stories: list[Story]) -> list[str]:

@@ -65,7 +65,7 @@ def _per_norm(view: View, s: Setting, text: str | None) -> list[tuple[str, str]]
 
 def _translation(view: View, s: Setting) -> list[tuple[str, str]]:
     """The main metric in words for each direction; of the others, how many changes leave 0 out."""
-    out, rest = [], []
+    out, rest = _prompts(view, s), []
     main = view.translation_targets[0].metric if view.translation_targets else ""
     for target in view.translation_targets:
         effects = {part: s.at("part", part, "translation", target) for part in view.parts}
@@ -80,6 +80,13 @@ def _translation(view: View, s: Setting) -> list[tuple[str, str]]:
         clear, n = sum(e.verdict != "unclear" for _, e in rest), len(rest)
         out.append((names, f"{clear} of {n} changes have an interval that leaves 0 out; by chance about {LEVEL * n:.1g} would."))
     return out
+
+
+def _prompts(view: View, s: Setting) -> list[tuple[str, str]]:
+    """What there is to say of the prompts, direction by direction; nothing where all is as it was asked for."""
+    ways = dict.fromkeys(target.language for target in view.translation_targets)
+    words = [f"{view.language_name(way)}: {said}" for way in ways if (said := s.prompts(way))]
+    return [("Prompts", f"{'; '.join(words)}.")] if words else []
 
 
 def _direction(view: View, s: Setting, target: Target, known: dict[str, Effect]) -> str:
@@ -102,4 +109,4 @@ def _direction(view: View, s: Setting, target: Target, known: dict[str, Effect])
 def _rank_words(e: Effect) -> str:
     if e.rank is None or not e.n_random:
         return "not compared with random draws"
-    return f"{e.rank - 1} of {e.n_random} random draws do better"
+    return f"{e.rank - 1} of {e.n_random} random draws do at least as well"

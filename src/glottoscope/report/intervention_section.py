@@ -251,17 +251,17 @@ def _other_settings(view: View) -> str:
     shown = view.table.filter(
         (pc.field("arm") == "part") & (pc.field("text") == text) & (pc.field("metric") == "ppl") & (pc.field("language") == "all")
     )
-    body = []
+    body, parts = [], view.parts_of(shown)
     for key in keys:
         s = setting_rows(shown, key)
         cells = []
-        for part in view.parts:
+        for part in parts:
             effect = s.at("part", part, text, target)
             known = effect is not None and effect.verdict != "missing"
             rank = _rank(effect, "random")
             cells.append(f"{esc(change_words(effect))}<br><small>{rank}</small>" if effect is not None and known else "–")
         body.append([_setting_name(key), alpha_words(s.chosen_alphas(text)), *cells])
-    head = ("setting", "alpha", *(esc(view.part_name(part)) for part in view.parts))
+    head = ("setting", "alpha", *(esc(view.part_name(part)) for part in parts))
     caption = f"Change of pooled perplexity, {TEXT_NAMES[text]}; beneath: rank among draws from all alive features"
     return f"<details><summary>Other settings ({len(keys)})</summary>{table(head, body, caption=caption)}</details>"
 
@@ -284,7 +284,8 @@ def _words() -> str:
         (
             "random draws",
             "sets of random features that hold as much of the donor SAE's activation mass as the class. The rank is 1 + the draws "
-            "that do better; rank / (draws + 1) below 5 % is called beyond the draws",
+            "that do at least as well; rank / (draws + 1) of at most 5 % is called beyond the draws. For harm the draws count "
+            "that do as much harm or more",
         ),
         ("base's own part", "the same class read by the base's own SAE in its own state, and added to it (self-injection)"),
         (

@@ -111,6 +111,7 @@ _COLUMNS = {
     "note": "note",
 }
 _NOTES = re.compile(r"; (?=random(?:_other)?: )")
+PROMPTS = "prompts: "  # begins a note on all translations of a direction
 _DRAWS_NOTE = re.compile(r"random(?:_other)?: ")
 # Null is NaN in these alone.
 _REALS = ("alpha", "value", "change", "low", "high", "gap", "gap_low", "gap_high", "added_norm", "per_norm", "mass")
@@ -187,7 +188,13 @@ class Setting:
         said = [piece for note in rows["note"].to_pylist() if note for piece in _NOTES.split(note)]
         if arm in DRAWS:
             return next((piece.removeprefix(f"{arm}: ") for piece in said if piece.startswith(f"{arm}: ")), None)
-        return next((piece for piece in said if not _DRAWS_NOTE.match(piece)), None)
+        return next((piece for piece in said if not _DRAWS_NOTE.match(piece) and not piece.startswith(PROMPTS)), None)
+
+    def prompts(self, direction: str) -> str | None:
+        """What the table says of the prompts of a direction, such as examples that did not fit."""
+        said = where(self.table, text="translation", language=direction)["note"].to_pylist()
+        pieces = [piece for note in dict.fromkeys(said) if note for piece in note.split("; ")]
+        return next((piece.removeprefix(PROMPTS) for piece in pieces if piece.startswith(PROMPTS)), None)
 
     @functools.cached_property
     def alphas(self) -> list[float]:
@@ -231,7 +238,10 @@ def setting_rows(table: pa.Table, key: dict[str, Any]) -> Setting:
 
 @dataclass(frozen=True)
 class View:
-    """The intervention table of a report: its main settings (one for each base step), their parts and targets."""
+    """The intervention table of a report: its main settings (one for each base step), their parts and targets.
+
+    Parts, texts, languages and targets are those of the main settings; what other settings have beside them is theirs.
+    """
 
     data: ReportData
     table: pa.Table
@@ -239,16 +249,25 @@ class View:
     main: list[Setting]  # by base step
 
     @functools.cached_property
+    def told(self) -> pa.Table:
+        """The rows of the main settings."""
+        return pa.concat_tables([s.table for s in self.main])
+
+    @functools.cached_property
     def languages(self) -> list[str]:
         """The study's languages that perplexity was measured in, in the study's order."""
-        found = distinct(self.table.filter(pc.field("metric").isin(LOWER_IS_BETTER)), "language")
+        found = distinct(self.told.filter(pc.field("metric").isin(LOWER_IS_BETTER)), "language")
         return [code for code in self.data.languages if code in found]
 
     @functools.cached_property
     def parts(self) -> list[str]:
         """Every part that was tried on held-out text: languages, mixed, bilingual, bilingual_paper, the user's own, all."""
+        return self.parts_of(self.told)
+
+    def parts_of(self, table: pa.Table) -> list[str]:
+        """`parts`, of some rows."""
         held_out = pc.field("text").isin([*PERPLEXITY_TEXTS, "translation"])
-        found = distinct(where(self.table, arm="part").filter(held_out), "part")
+        found = distinct(where(table, arm="part").filter(held_out), "part")
         known = [*self.data.languages, "mixed", "bilingual", "bilingual_paper"]
         own = [name for name in found if name is not None and name not in (*known, "all")]
         return [name for name in (*known, *own, "all") if name in found]
@@ -261,7 +280,7 @@ class View:
     @functools.cached_property
     def texts(self) -> list[str]:
         """Texts with perplexity: documents before sentences."""
-        found = distinct(self.table, "text")
+        found = distinct(self.told, "text")
         return [text for text in PERPLEXITY_TEXTS if text in found]
 
     def perplexity_targets(self, metric: str) -> list[Target]:
@@ -271,7 +290,7 @@ class View:
     @functools.cached_property
     def translation_targets(self) -> list[Target]:
         """Metric by metric, the main one first, every direction; empty where nothing was translated."""
-        rows = where(self.table, text="translation")
+        rows = where(self.told, text="translation")
         measured = rows.filter(pc.field("value").is_valid())
         found = set(zip(measured["metric"].to_pylist(), measured["language"].to_pylist(), strict=True))
         order = [f"{a}-{b}" for a in self.data.languages for b in self.data.languages if a != b]
@@ -309,17 +328,20 @@ def layer_words(layers: str) -> str:
 def view_of(data: ReportData) -> View | None:
     """The intervention as the report shows it; None where the study made none.
 
-    The main settings are those of the report's main model (else of the last model that was patched), first seeds,
-    one for each base step: the study's own experiments, parts added and scaled to the base, middle layer, latest donor
-    before any other.
+    The main settings are the study file's own experiments; where it has none, those of the command line's name that comes
+    first in the alphabet. Of these they are those of the report's main model (else of the last model that was patched),
+    first seeds, one for each base step: parts added and scaled to the base, middle layer, latest donor before any other.
     """
     table = data.intervention
     keys = [] if table is None else settings_of(table)
     if table is None or not keys:
         return None
-    patched = [key["model"] for key in keys]
+    names = {key["experiment"] for key in keys}
+    shown = STUDY if STUDY in names else min(names)
+    told = [key for key in keys if key["experiment"] == shown]
+    patched = [key["model"] for key in told]
     model = data.main_model if data.main_model in patched else patched[-1]
-    mine = [key for key in keys if key["model"] == model]
+    mine = [key for key in told if key["model"] == model]
     middle = data.middle_layer(model) if model in data.evolution["model"].to_pylist() else mine[0]["layer"]
 
     def preference(key: dict[str, Any]) -> tuple[Any, ...]:
@@ -328,7 +350,6 @@ def view_of(data: ReportData) -> View | None:
         way = (key["mode"] != "add", key["scale"] != "matched")
         return (
             key["control"] != "none",
-            key["experiment"] != STUDY,
             *way,
             not single,
             distance,

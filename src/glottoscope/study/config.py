@@ -384,7 +384,7 @@ class Translation(Part):
         "Default: the aligned test sentences.",
     )
     shots: NonNegativeInt | None = Field(
-        default=None, description="Examples in the prompt, from the file or the aligned dev sentences. Default: 4; planted world: 2."
+        default=None, description="Examples in the prompt, from the file or aligned dev sentences. Default: 4; planted world: 2."
     )
     intro: str = Field(default="", description="Text before the examples; {instruction} is that of an LLM-jp-eval file.")
     shot: str | None = Field(

@@ -24,7 +24,8 @@ from glottoscope.study.stages.context import Context
 from glottoscope.study.stages.intervene import units
 from glottoscope.study.stages.intervene.comet_scoring import score_comet
 from glottoscope.study.stages.intervene.experiments import STUDY_NAME, Experiment, experiments
-from glottoscope.study.stages.intervene.translating import tasks_of
+from glottoscope.study.stages.intervene.sentences import tasks_of
+from glottoscope.study.stages.intervene.translating import PROMPTS, check_translation
 from glottoscope.study.store import RunStore
 
 
@@ -90,7 +91,9 @@ def intervene(
         store.table("features")  # says what to do where the study is not complete
         wanted = experiments(context, config, name)
         if config.translation is not None:
-            tasks_of(context, wanted[0])  # what is wrong with the sentences is said now
+            # What is wrong with the sentences is said now.
+            tasks_of(context, wanted[0])
+            check_translation(context, config.translation)
         count = workers or default_workers(context.study)
         on_cpu = context.device().type == "cpu"
         with Engine(count, context.study.compute.threads, store.log_path, console, fast_matmul=on_cpu) as engine:
@@ -153,7 +156,9 @@ def _print(rows: pa.Table, experiment: Experiment, text: str, console: Console) 
     for metric, language in measures:
         shown.add_column(f"{metric} {language}")
     shown.add_column("rank among it and its draws")
-    found = rows.to_pylist()
+    # What holds for all rows is said once, beneath.
+    found = [row | {"note": _without(row["note"], PROMPTS)} for row in rows.to_pylist()]
+    prompts = {row["language"]: said for row in rows.to_pylist() if (said := _only(row["note"], PROMPTS))}
     # The other controls are in the table and the report: here is what a reader looks for first.
     first = ("baseline", "donor", "part", "reconstruction", "state_replaced")
     lines = dict.fromkeys((r["arm"], r["part"], r["alpha"]) for r in found if r["arm"] in first and r["chosen"])
@@ -166,6 +171,16 @@ def _print(rows: pa.Table, experiment: Experiment, text: str, console: Console) 
         words = part if arm == "part" else f"{arm} {part or ''}".strip()
         shown.add_row(words, "" if alpha is None else f"{alpha:g}", *cells, rank or note or "")
     console.print(shown)
+    for direction, said in prompts.items():
+        console.print(f"{direction}: {said.removeprefix(PROMPTS)}", highlight=False)
+
+
+def _only(note: str | None, start: str) -> str | None:
+    return next((piece for piece in (note or "").split("; ") if piece.startswith(start)), None)
+
+
+def _without(note: str | None, start: str) -> str | None:
+    return "; ".join(piece for piece in (note or "").split("; ") if not piece.startswith(start)) or None
 
 
 def _cell(row: Mapping[str, Any] | None) -> str:

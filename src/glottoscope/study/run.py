@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
@@ -123,15 +123,17 @@ class Run:
             model, step, layer, seed: the setup whose SAE reads the states and names the features.
             features: ids, a class (a language, mixed, bilingual, bilingual_paper, all), or a condition on the feature
                 table in SQL, such as "phi > 0.6".
+            mode: "add", or "replace", which takes lm's own part out (donor only).
+            scale: "matched" to the norm of lm's state, or "raw", the donor's own (donor only).
 
         Yields:
             The edit; its `added / positions` is the mean relative norm of the change so far.
 
         Raises:
-            InputError: no such setup, no such feature, none or several of the three, an alpha that is not finite, or
-                models and SAE of different widths.
+            InputError: no such setup, no such feature, none or several of the three, an alpha that is not finite, an unknown
+                mode or scale, or models and SAE of different widths.
         """
-        from glottoscope.intervention.parts import Injection, Reader
+        from glottoscope.intervention.parts import Injection, Mode, Reader, Scale
         from glottoscope.intervention.selection import select
         from glottoscope.lm.patch import Donor, check_pair, patched
 
@@ -140,6 +142,9 @@ class Run:
         for name, value in (("multiply", multiply), ("add", add), ("alpha", alpha)):
             if value is not None and not math.isfinite(value):
                 raise InputError(f"inject: {name} = {value}: give a finite number")
+        for name, value, known in (("mode", mode, get_args(Mode)), ("scale", scale, get_args(Scale))):
+            if value not in known:
+                raise InputError(f"inject: {name} = {value!r}: choose one of {', '.join(known)}")
         sae = self.sae(model=model, step=step, layer=layer, seed=seed).to(lm.device)
         table = read_parquet(self._store.setup_dir(model, step, layer, seed) / "features.parquet")
         chosen = select(table, features, self.study.languages)

@@ -84,16 +84,25 @@ def run_study(
             for stage, units in stages(context, memory, count):
                 if STAGES.index(stage) > STAGES.index(until):
                     break
-                outcome = engine.run(stage, units())
-                result = RunResult(result.failures + outcome.failures, stage)
-                if outcome.failures:
+                try:
+                    outcome = engine.run(stage, units())
+                except InputError as error:
+                    if stage != "intervene":
+                        raise
+                    outcome = Outcome(failures=[Failure("interventions of the study file", str(error), True, "")])
+                new = [failure for failure in outcome.failures if failure not in result.failures]
+                result = RunResult(result.failures + new, stage)
+                if new:
                     explain(console, outcome, stage)
+                # The report needs no intervention: it shows those that could be finished.
+                if outcome.failures and stage != "intervene":
                     break
     return result
 
 
 def preflight(study: Study) -> None:
-    """Find bad input before anything runs: missing files of corpus and labels, missing checkpoints, k beyond n."""
+    """Find bad input before anything runs: missing files of corpus and labels, missing checkpoints, k beyond n, an
+    intervention that names what the study does not have."""
     if isinstance(study.corpus, TextCorpus):
         aligned = study.corpus.aligned
         paths = [s.path for s in study.corpus.sources]
@@ -129,6 +138,8 @@ def preflight(study: Study) -> None:
             read_labels(path)
         except InputError as error:
             raise InputError(f"features.labels: {error}") from None
+    if study.intervention is not None:
+        intervening.check(study)
 
 
 def _has_weights(folder: Path) -> bool:

@@ -59,9 +59,9 @@ def rounded(values: NDArray[Any], decimals: int | None) -> list[Any]:
 
 
 def listed(values: NDArray[np.float64]) -> list[Any]:
-    """Numbers that are rounded already, for JSON; NaN is null."""
-    return [None if x != x else _short(x) for x in values.tolist()]
-
-
-def _short(x: float) -> int | float:
-    return int(x) if x.is_integer() else x
+    """Numbers that are rounded already, for JSON: NaN is null, and whole ones have no decimal point."""
+    shown = values.astype(object)
+    whole = (values == np.rint(values)) & (np.abs(values) < 2**53)
+    shown[whole] = values[whole].astype(np.int64)
+    shown[np.isnan(values)] = None
+    return shown.tolist()

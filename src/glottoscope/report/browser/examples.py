@@ -190,11 +190,11 @@ def _line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def read_histogram(setup: Setup, n_languages: int, rank: NDArray[np.int32]) -> Histogram | None:
+def read_histogram(setup: Setup, n_languages: int, rank: NDArray[np.int32], by_rank: NDArray[np.int64]) -> Histogram | None:
     """Read histogram.parquet; None where it is not there.
 
     Args:
-        rank [V]: of each token in the site.
+        rank [V]: of each token in the site, -1 where it has none. by_rank: the tokens in the order of their ranks.
     """
     path = setup.folder / "histogram.parquet"
     if not path.exists():
@@ -203,13 +203,23 @@ def read_histogram(setup: Setup, n_languages: int, rank: NDArray[np.int32]) -> H
     feature, token, language = (table[c].to_numpy().astype(np.int32) for c in ("feature", "token", "language"))
     count = table["count"].to_numpy().astype(np.int64)
     inside = (language < n_languages) & (feature < setup.n_features) & (token < len(rank))
-    if not inside.all():
+    if not inside.all() or np.any(rank[token] < 0):
         raise InputError(f"{path}: it holds features, languages or tokens that the run has not: run the study again")
-    order = np.lexsort((rank[token], -count, feature * n_languages + language))
-    feature, token, language, count = feature[order], token[order], language[order], count[order]
-    first = _offsets(feature * n_languages + language, setup.n_features * n_languages)
-    place = (np.arange(len(feature)) - first[feature * n_languages + language]).astype(np.int32)
-    return Histogram(feature, language, token, count, place, first)
+    group, count = feature.astype(np.int64) * n_languages + language, np.maximum(count, 1)
+    most, last = int(count.max(initial=1)), int(rank.max(initial=0))
+    if (setup.n_features * n_languages) * (most + 1) * (last + 1) < 2**63:
+        # One integer holds the whole order: numpy sorts these ten times as fast as it finds an order by three keys.
+        key = np.sort((group * (most + 1) + (most - count)) * (last + 1) + rank[token])
+        rest, place = np.divmod(key, last + 1)
+        group, fall = np.divmod(rest, most + 1)
+        token, count = by_rank[place], most - fall
+    else:
+        order = np.lexsort((rank[token], -count, group))
+        group, token, count = group[order], token[order], count[order]
+    first = _offsets(group, setup.n_features * n_languages)
+    place = (np.arange(len(group)) - first[group]).astype(np.int32)
+    feature, language = (x.astype(np.int32) for x in np.divmod(group, n_languages))
+    return Histogram(feature, language, token.astype(np.int32), count, place, first)
 
 
 def read_pairs(setup: Setup, maximum: NDArray[np.float64]) -> Pairs | None:

@@ -222,14 +222,20 @@ def best_of_each(
     asked_QD: NDArray[np.float32], other_ND: NDArray[np.float32], group_N: NDArray[np.int64], n_groups: int
 ) -> list[Best]:
     """`best_of` among the rows of `other` of each group 0 .. n_groups - 1; cosine -inf where a group has no row."""
-    result = []
-    for group in range(n_groups):
-        members = np.flatnonzero(group_N == group)
-        if len(members):
-            best = best_of(asked_QD, other_ND[members])
-            result.append(Best(members[best.place], best.cosine))
-        else:
-            result.append(Best(np.zeros(len(asked_QD), np.int64), np.full(len(asked_QD), -np.inf)))
+    members = [np.flatnonzero(group_N == group) for group in range(n_groups)]
+    result = [Best(np.zeros(len(asked_QD), np.int64), np.full(len(asked_QD), -np.inf)) for _ in members]
+    step = _block(len(other_ND))
+    for first in range(0, len(asked_QD), step):
+        rows = asked_QD[first : first + step]
+        # One product for all groups: to pick a group's rows out first would copy them for every few rows asked for.
+        cosine_QN = rows @ other_ND.T
+        for columns, best in zip(members, result, strict=True):
+            if len(columns):
+                own_QM = cosine_QN[:, columns]
+                i, m = np.nonzero(own_QM >= own_QM.max(axis=1, keepdims=True) - SLACK)
+                exact = _exact(rows, other_ND, i, columns[m])
+                chosen = _first_of(i, exact, m)
+                best.place[first : first + step], best.cosine[first : first + step] = columns[m[chosen]], exact[chosen]
     return result
 
 

@@ -68,6 +68,7 @@ class Shards:
 
     def __init__(self, source: SiteSource, rank: NDArray[np.int32], neighbours: Neighbours) -> None:
         self._source, self._rank, self._neighbours = source, rank, neighbours
+        self._edges = [] if source.activation_edges is None else rounded(source.activation_edges, None)
         self._clusters: Cache[NDArray[np.int64]] = Cache(2)
 
     def prepare(self, data: SetupData) -> None:
@@ -139,7 +140,7 @@ class Shards:
         return None if labels is None else labels[back]
 
     def _activations(self, found: Activations | None, f: int) -> dict[str, Any] | None:
-        if found is None or self._source.activation_edges is None:
+        if found is None:
             return None
         rows = slice(found.first[f], found.first[f + 1])
         bins, language, count = found.bin[rows], found.language[rows], found.count[rows]
@@ -148,8 +149,7 @@ class Shards:
         low, high = int(bins.min()), int(bins.max())
         counts = np.zeros((len(self._source.languages), high - low + 1), np.int64)
         np.add.at(counts, (language, bins - low), count)
-        edges = rounded(self._source.activation_edges[low : high + 2], None)
-        return {"edges": edges, **{x: counts[k].tolist() for k, x in enumerate(self._source.languages)}}
+        return {"edges": self._edges[low : high + 2], **{x: counts[k].tolist() for k, x in enumerate(self._source.languages)}}
 
 
 def _numbered(feature: NDArray[Any], labels: NDArray[np.int64]) -> NDArray[np.int64]:

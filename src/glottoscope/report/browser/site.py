@@ -200,7 +200,7 @@ class Site:
         return self._data.get(setup.id, lambda: read_data(self.source, self.list(setup), self._histogram(setup)))
 
     def _histogram(self, setup: Setup) -> Histogram | None:
-        make = lambda: (read_histogram(setup, len(self.source.languages), self.texts.rank),)  # noqa: E731
+        make = lambda: (read_histogram(setup, len(self.source.languages), self.texts.rank, self.texts.by_rank),)  # noqa: E731
         return self._histograms.get(setup.id, make)[0]
 
     def prepare(self, setup: Setup) -> None:

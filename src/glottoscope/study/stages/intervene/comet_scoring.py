@@ -12,7 +12,8 @@ from glottoscope.atomic import write_json, write_table
 from glottoscope.intervention import comet
 from glottoscope.study.stages.context import Context
 from glottoscope.study.stages.intervene.experiments import Experiment, comet_key
-from glottoscope.study.stages.intervene.translating import load_translations, tasks_of
+from glottoscope.study.stages.intervene.sentences import tasks_of
+from glottoscope.study.stages.intervene.translating import load_translations
 
 SCHEMA = pa.schema([("direction", pa.string()), ("condition", pa.int64()), ("pair", pa.int64()), ("score", pa.float64())])
 

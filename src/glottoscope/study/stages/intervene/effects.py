@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from glottoscope.atomic import atomic_path, write_json, write_table
 from glottoscope.intervention.conditions import Condition
 from glottoscope.intervention.effects import nll_score, paired_effects, ppl_score, ranks
+from glottoscope.intervention.perplexity import Measured, mean_norm
 from glottoscope.intervention.scores import ratio
 from glottoscope.study.plan import seed_for
 from glottoscope.study.stages.context import Context
@@ -28,10 +29,12 @@ from glottoscope.study.stages.intervene.experiments import (
     read_plan,
     texts,
 )
+from glottoscope.study.stages.intervene.losses import read_losses
 from glottoscope.study.stages.intervene.measuring import load_losses
 from glottoscope.study.stages.intervene.preparing import load_conditions
+from glottoscope.study.stages.intervene.sentences import Task, tasks_of
 from glottoscope.study.stages.intervene.texts import text_of
-from glottoscope.study.stages.intervene.translating import Task, load_statistics, metrics_of, tasks_of, translated_conditions
+from glottoscope.study.stages.intervene.translating import dropped_words, load_statistics, metrics_of, translated_conditions
 from glottoscope.study.store import digest, read_parquet
 
 Score = Callable[[NDArray[np.float64]], NDArray[np.float64]]
@@ -74,7 +77,9 @@ class Measure(NamedTuple):
     conditions: list[int]  # numbers in the plan (dev: in its own list)
     totals: NDArray[np.float64]  # [S, U, C]
     group: NDArray[np.int64]  # [U]
+    norms: NDArray[np.float64]  # [S] added norm on these units; NaN where nothing is added
     signature: str | None = None  # what computed it
+    note: str | None = None  # what there is to say of all its rows
 
 
 def make_effects(root: str, raw: dict[str, Any], report: Callable[..., None]) -> None:
@@ -99,11 +104,9 @@ def make_effects(root: str, raw: dict[str, Any], report: Callable[..., None]) ->
 def _measures(context: Context, experiment: Experiment) -> Iterator[Measure]:
     folder = experiment.folder(context)
     for name in dict.fromkeys(dev_of(context, text) for text in _told(context, experiment)):
-        with np.load(folder / f"{name}.npz") as dev:
-            yield from _losses(context, experiment, name, dev["nll"], dev["tokens"])
+        yield from _losses(context, experiment, name, read_losses(folder / f"{name}.npz"))
     for text in texts(context, experiment.config):
-        found = load_losses(context, experiment, text)
-        yield from _losses(context, experiment, text, found.nll, found.tokens)
+        yield from _losses(context, experiment, text, load_losses(context, experiment, text))
     if experiment.config.translation is not None:
         for task in tasks_of(context, experiment):
             yield from _translations(context, experiment, task)
@@ -114,32 +117,34 @@ def _told(context: Context, experiment: Experiment) -> list[str]:
     return texts(context, experiment.config) + (["translation"] if experiment.config.translation is not None else [])
 
 
-def _losses(
-    context: Context, experiment: Experiment, name: str, nll_SU: NDArray[np.float64], tokens_U: NDArray[np.int64]
-) -> Iterator[Measure]:
+def _losses(context: Context, experiment: Experiment, name: str, found: Measured) -> Iterator[Measure]:
     text = text_of(context, experiment.config, name)
-    totals = np.stack([nll_SU, np.broadcast_to(tokens_U, nll_SU.shape).astype(np.float64)], axis=-1)
+    totals = np.stack([found.nll, np.broadcast_to(found.tokens, found.nll.shape).astype(np.float64)], axis=-1)
+    conditions = list(range(len(found.nll)))
     for g, language in [*enumerate(context.study.languages), (None, "all")]:
-        mine = np.flatnonzero(tokens_U > 0) if g is None else np.flatnonzero((text.language == g) & (tokens_U > 0))
+        mine = np.flatnonzero((found.tokens > 0) & ((text.language == g) if g is not None else True))
         if len(mine):
+            norms = mean_norm(found.added[:, mine], found.positions[:, mine])
             for metric, score in (("nll", nll_score), ("ppl", ppl_score)):
-                yield Measure(name, metric, language, "lower", score, list(range(len(nll_SU))), totals[:, mine], text.group[mine])
+                yield Measure(name, metric, language, "lower", score, conditions, totals[:, mine], text.group[mine], norms)
 
 
 def _translations(context: Context, experiment: Experiment, task: Task) -> Iterator[Measure]:
     direction = f"{task.source}-{task.target}"
     conditions, found = translated_conditions(context, experiment), load_statistics(context, experiment, direction)
+    note = dropped_words(found.dropped_shots, len(task.shots))
     for metric in metrics_of(context, experiment, task):
-        totals = found[metric.name].astype(np.float64)
+        totals = found.sums[metric.name].astype(np.float64)
         yield Measure("translation", metric.name, direction, metric.better, metric.score, conditions, totals, task.article,
-                      metric.signature)  # fmt: skip
+                      found.added_norm, found.signatures[metric.name], note)  # fmt: skip
     if present_comet_key(context, experiment) is not None:
         scores = comet_scores(experiment.folder(context) / "comet.parquet", direction, len(task.pairs))
         chosen = sorted(scores)
         totals = np.stack([np.stack([scores[c], np.ones(len(task.pairs))], axis=-1) for c in chosen])
         about = json.loads((experiment.folder(context) / "comet.json").read_text(encoding="utf-8"))
         signature = f"COMET|{about['model']}|{about['fingerprint']}"
-        yield Measure("translation", "comet", direction, "higher", ratio, chosen, totals, task.article, signature)
+        norms = found.added_norm[[conditions.index(i) for i in chosen]]
+        yield Measure("translation", "comet", direction, "higher", ratio, chosen, totals, task.article, norms, signature, note)
 
 
 def comet_scores(path: Path, direction: str, n_pairs: int) -> dict[int, NDArray[np.float64]]:
@@ -188,11 +193,10 @@ def _rows(context: Context, experiment: Experiment, measure: Measure) -> list[di
         measure.totals, measure.score, baseline=_place(conditions, "baseline"), donor=_place(conditions, "donor"),
         groups=measure.group, n_boot=experiment.config.bootstrap, seed=seed_for(context.study, "effects", measure.text) % 2**32,
     )  # fmt: skip
-    norms = _norms(context, experiment, measure)
     key = _key(context, experiment)
     rows = []
     for s, condition in enumerate(conditions):
-        norm = float(norms[s])
+        norm = float(measure.norms[s])
         change = float(found.change[s])
         strength = condition.arm in ("part", "random", "random_other", "self", "shuffled", "state")
         row = {
@@ -210,25 +214,13 @@ def _rows(context: Context, experiment: Experiment, measure: Measure) -> list[di
         }  # fmt: skip
         if condition.arm == "part" and condition.chosen:
             row |= _ranks(conditions, found.value, s, measure.better, plan["notes"])
+        row["note"] = "; ".join(x for x in (measure.note, row["note"]) if x) or None
         rows.append({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()})
     return rows
 
 
 def _place(conditions: Sequence[Condition], arm: str) -> int:
     return next(i for i, c in enumerate(conditions) if c.arm == arm)
-
-
-def _norms(context: Context, experiment: Experiment, measure: Measure) -> NDArray[np.float64]:
-    """Added norm of the measure's conditions [S] on its text; NaN where nothing is added."""
-    folder = experiment.folder(context)
-    if measure.text.startswith("dev_"):
-        with np.load(folder / f"{measure.text}.npz") as dev:
-            return dev["added_norm"]
-    if measure.text != "translation":
-        return load_losses(context, experiment, measure.text).added_norm
-    every = translated_conditions(context, experiment)
-    found = load_statistics(context, experiment, measure.language)["added_norm"]
-    return found[[every.index(i) for i in measure.conditions]]
 
 
 def _n_features(sets: dict[int, dict[str, NDArray[np.bool_]]], condition: Condition) -> int | None:

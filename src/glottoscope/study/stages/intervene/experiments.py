@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from glottoscope.corpus.llm_jp_eval import shots_file
 from glottoscope.errors import InputError
@@ -15,7 +15,7 @@ from glottoscope.study.plan import Cell, ModelRun
 from glottoscope.study.stages.context import Context, _hash_tree
 from glottoscope.study.store import digest
 
-VERSIONS = {"prepare": 2, "measure": 1, "translate": 1, "effects": 2}
+VERSIONS = {"prepare": 3, "measure": 2, "translate": 2, "effects": 3}
 STUDY_NAME = "study"  # experiments that the study file asks for; those of the command line have another name
 CHUNK = 96  # conditions measured together: the lower half of the models is read once for them
 TRANSLATED_CHUNK = 16
@@ -75,27 +75,64 @@ def experiments(context: Context, config: InterventionConfig, name: str = STUDY_
     """
     result = []
     seed = min(context.study.sae.seeds)
+    for scene in check(context, config):
+        groups = [scene.layers] if config.together else [(layer,) for layer in scene.layers]
+        for base in half_step(context, scene.run) if config.bases == "half" else dict.fromkeys(config.bases):
+            result += [
+                Experiment(name, scene.run.name, scene.donor_run.name, base, scene.donor, group, seed, config) for group in groups
+            ]
+    return result
+
+
+class Place(NamedTuple):
+    """A model that is patched, where, and what it is given."""
+
+    run: ModelRun
+    donor_run: ModelRun
+    donor: int
+    layers: tuple[int, ...]
+
+
+def check(context: Context, config: InterventionConfig) -> list[Place]:
+    """The models, donors and layers that settings name; needs no result of the study.
+
+    Raises:
+        InputError: as `experiments`, but for what only results can tell.
+    """
     _check_parts(context, config)
-    if len({layer for e in result for layer in e.layers}) > 1:
-        for part, wanted in config.features.items():
-            if not isinstance(wanted, str):
-                raise InputError(
-                    f"features.{part}: ids are those of one SAE and there are several layers: give a condition in SQL, or one layer"
-                )
     if not texts(context, config):
         raise InputError("intervention.texts: sentences need corpus.aligned.test: give it, or take documents")
     if config.translation is not None:
         _check_translation(context, config)
+    result = []
     for run in _models(context, config):
         donor_run = run if config.donor_model is None else _run(context, config.donor_model, "intervention.donor_model")
         donor = donor_run.final.step if config.donor == "final" else _step(donor_run, config.donor, "donor")
         _check_fit(run, donor_run)
-        layers = _layers(context, run, donor_run, config)
-        groups = [layers] if config.together else [(layer,) for layer in layers]
-        for base in half_step(context, run) if config.bases == "half" else dict.fromkeys(config.bases):
+        result.append(Place(run, donor_run, donor, _layers(context, run, donor_run, config)))
+        for base in () if config.bases == "half" else config.bases:
             _step(run, base, "base")
-            result += [Experiment(name, run.name, donor_run.name, base, donor, group, seed, config) for group in groups]
+    _check_ids(context, config, result)
     return result
+
+
+def _check_ids(context: Context, config: InterventionConfig, found: list[Place]) -> None:
+    saes = {(place.donor_run.name, place.donor, layer) for place in found for layer in place.layers}
+    for part in parts_of(context, config):
+        wanted = config.features.get(part, "")
+        if isinstance(wanted, str):
+            continue
+        if len(saes) > 1:
+            several = ", ".join(f"{model}@{step} layer {layer}" for model, step, layer in sorted(saes))
+            raise InputError(
+                f"features.{part}: ids are those of one SAE and there are several ({several}): give a condition in SQL, or one "
+                "layer of one donor"
+            )
+        for place in found:
+            assert place.donor_run.shape is not None
+            n = context.study.sae.n_features(place.donor_run.shape.d_model)
+            if outside := [i for i in wanted if i >= n]:
+                raise InputError(f"features.{part}: feature {outside[0]} does not exist: the SAE has {n:,}, numbered from 0")
 
 
 def _models(context: Context, config: InterventionConfig) -> list[ModelRun]:
@@ -215,7 +252,7 @@ def prepare_key(context: Context, experiment: Experiment) -> str:
 
 
 def measure_key(context: Context, experiment: Experiment, text: str) -> str:
-    return digest("measure", VERSIONS["measure"], prepare_key(context, experiment), text)
+    return digest("measure", VERSIONS["measure"], CHUNK, prepare_key(context, experiment), text)
 
 
 def translate_key(context: Context, experiment: Experiment) -> str:
@@ -224,14 +261,32 @@ def translate_key(context: Context, experiment: Experiment) -> str:
     settings = translation.model_dump(mode="json", exclude={"files"})
     paths = [p for file in translation.files for p in (Path(file), shots_file(file)) if p is not None]
     hashes = [_hash_tree(path) for path in paths]
-    return digest("translate", VERSIONS["translate"], prepare_key(context, experiment), settings, hashes)
+    return digest("translate", VERSIONS["translate"], TRANSLATED_CHUNK, prepare_key(context, experiment), settings, hashes)
 
 
 def effects_key(context: Context, experiment: Experiment) -> str:
     parts = [measure_key(context, experiment, text) for text in texts(context, experiment.config)]
     if experiment.config.translation is not None:
-        parts += [translate_key(context, experiment), present_comet_key(context, experiment)]
+        parts += [
+            translate_key(context, experiment),
+            stored_signatures(context, experiment),
+            present_comet_key(context, experiment),
+        ]
     return digest("effects", VERSIONS["effects"], parts, experiment.config.bootstrap, context.study.study.seed)
+
+
+def stored_signatures(context: Context, experiment: Experiment) -> dict[str, dict[str, str]]:
+    """What computed the scores of the translations that lie there: name of a chunk -> metric -> signature.
+
+    It is what was there when they were scored: BLEU's tokenizer `auto` is not the same on every machine.
+    """
+    key = translate_key(context, experiment)
+    records = context.store.done(experiment.folder(context)).items()
+    return {
+        name: record["settings"]["signatures"]
+        for name, record in sorted(records)
+        if name.startswith("translation-") and record.get("key") == key
+    }
 
 
 def comet_key(context: Context, experiment: Experiment, fingerprint: str) -> str:
@@ -242,10 +297,10 @@ def comet_key(context: Context, experiment: Experiment, fingerprint: str) -> str
 def present_comet_key(context: Context, experiment: Experiment) -> str | None:
     """Key of the COMET scores that lie in an experiment's folder; None where there are none of the present translations."""
     path = experiment.folder(context) / "comet.json"
-    if not path.exists():
+    if "comet" not in context.store.done(path.parent) or not path.exists():
         return None
-    found = json.loads(path.read_text(encoding="utf-8"))
-    return found["key"] if found["key"] == comet_key(context, experiment, found["fingerprint"]) else None
+    key = comet_key(context, experiment, json.loads(path.read_text(encoding="utf-8"))["fingerprint"])
+    return key if context.store.is_done(path.parent, "comet", key) else None
 
 
 # ---- what lies in a run directory

@@ -3,27 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from glottoscope.atomic import atomic_path
+from glottoscope.errors import InputError
 from glottoscope.intervention.conditions import edits_of
-from glottoscope.intervention.perplexity import measure, other_windows
+from glottoscope.intervention.perplexity import Measured, measure, other_windows
 from glottoscope.study.plan import seed_for
 from glottoscope.study.stages.context import Context
-from glottoscope.study.stages.intervene.experiments import Experiment, chunks, measure_key, texts
+from glottoscope.study.stages.intervene.experiments import Experiment, chunks, measure_key, read_plan, texts
+from glottoscope.study.stages.intervene.losses import joined, read_losses, save_losses
 from glottoscope.study.stages.intervene.preparing import load_conditions, open_scene
 from glottoscope.study.stages.intervene.texts import text_of
-
-
-class Losses(NamedTuple):
-    """What was measured on one text, over all conditions of the plan."""
-
-    nll: NDArray[np.float64]  # [S, U]
-    tokens: NDArray[np.int64]  # [U]
-    added_norm: NDArray[np.float64]  # [S], NaN where nothing was added
 
 
 def measured_name(text: str, chunk: int) -> str:
@@ -56,14 +46,19 @@ def measure_chunk(root: str, raw: dict[str, Any], text: str, chunk: int, report:
         other_W=other_windows(windows, language, seed_for(context.study, "other-text", text)), report=report,
     )  # fmt: skip
     context.store.begin(folder, name)
-    with atomic_path(folder / f"{name}.npz") as temporary, open(temporary, "wb") as handle:
-        norms = np.array([np.nan if x is None else x for x in found.added_norm])
-        np.savez(handle, nll=found.nll, tokens=found.tokens, added_norm=norms)
+    save_losses(folder / f"{name}.npz", found)
     context.store.mark_done(folder, name, measure_key(context, experiment, text), {}, [f"{name}.npz"])
 
 
-def load_losses(context: Context, experiment: Experiment, text: str) -> Losses:
-    """All chunks of a text together."""
+def load_losses(context: Context, experiment: Experiment, text: str) -> Measured:
+    """All chunks of a text together, in the order of the plan's conditions.
+
+    Raises:
+        InputError: they are not those of the plan's conditions.
+    """
     folder = experiment.folder(context)
-    parts = [np.load(folder / f"{measured_name(text, i)}.npz") for i in range(len(chunks(folder, text)))]
-    return Losses(np.concatenate([p["nll"] for p in parts]), parts[0]["tokens"], np.concatenate([p["added_norm"] for p in parts]))
+    found = joined([read_losses(folder / f"{measured_name(text, i)}.npz") for i in range(len(chunks(folder, text)))])
+    if len(found.nll) != (n := len(read_plan(folder)["texts"][text]["conditions"])):
+        words = f"losses of {len(found.nll)} conditions on {text}, and the plan has {n}"
+        raise InputError(f"{folder}: {words}: remove the folder and run again")
+    return found

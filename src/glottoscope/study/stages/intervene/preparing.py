@@ -21,6 +21,7 @@ from glottoscope.sae.model import TopKSAE
 from glottoscope.study.plan import Cell, seed_for
 from glottoscope.study.stages.context import Context
 from glottoscope.study.stages.intervene.experiments import Experiment, dev_of, parts_of, possible_texts, prepare_key, read_plan
+from glottoscope.study.stages.intervene.losses import save_losses
 from glottoscope.study.stages.intervene.texts import text_of
 from glottoscope.study.store import read_parquet
 
@@ -138,9 +139,7 @@ def _choose_alpha(context: Context, experiment: Experiment, scene: Scene, name: 
     )  # fmt: skip
     folder = experiment.folder(context)
     folder.mkdir(parents=True, exist_ok=True)
-    with atomic_path(folder / f"{name}.npz") as temporary, open(temporary, "wb") as handle:
-        norms = np.array([np.nan if x is None else x for x in found.added_norm])
-        np.savez(handle, nll=found.nll, tokens=found.tokens, added_norm=norms)
+    save_losses(folder / f"{name}.npz", found)
     return config.alphas[int(np.argmin(found.nll[2:].sum(axis=1)))]
 
 

@@ -1,8 +1,9 @@
-"""Translations of an experiment's conditions: the sentences, the prompts, and greedy decoding of some conditions at a time."""
+"""Translations of an experiment's conditions: the prompts, and greedy decoding of some conditions at a time."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,131 +11,49 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from glottoscope.atomic import atomic_path, write_table
-from glottoscope.corpus.llm_jp_eval import read_translation, shots_file
-from glottoscope.corpus.readers import AlignedPair, read_aligned
-from glottoscope.corpus.tokens import encoder, read_aligned_tokens
+from glottoscope.corpus.tokens import encoder
 from glottoscope.errors import InputError
 from glottoscope.intervention.conditions import Condition, added_norm, edits_of
 from glottoscope.intervention.generation import greedy
-from glottoscope.intervention.prompts import Prompts, Template, cut_output, fit_prompts, stop_token_ids
+from glottoscope.intervention.prompts import Prompts, build_prompts, cut_output, fit_prompts, stop_token_ids
 from glottoscope.intervention.scores import Bleu, ChrF, ConceptRecall, ExactMatch, SentenceMetric
-from glottoscope.study.config import LANGUAGE_NAMES, PlantedCorpus, TextCorpus, Translation
+from glottoscope.study.config import PlantedCorpus, TextCorpus, Translation
 from glottoscope.study.stages.context import Context
-from glottoscope.study.stages.intervene.experiments import TRANSLATED_CHUNK, Experiment, translate_key
+from glottoscope.study.stages.intervene.experiments import TRANSLATED_CHUNK, Experiment, stored_signatures, translate_key
 from glottoscope.study.stages.intervene.preparing import load_conditions, open_scene
-from glottoscope.study.stages.tokenizing import aligned_pairs, load_run_tokenizer
+from glottoscope.study.stages.intervene.sentences import Task, language_names, read_files, shots_of, tasks, tasks_of, template_of
+from glottoscope.study.stages.tokenizing import load_run_tokenizer
 from glottoscope.study.store import read_parquet
 
 
-class Task(NamedTuple):
-    """Sentences to translate in one direction."""
-
-    source: str
-    target: str
-    pairs: list[tuple[str, str]]
-    article: NDArray[np.int64]  # what a bootstrap resamples
-    shots: list[tuple[str, str]]
-    instruction: str | None  # of a file that has one
-
-
-# (source, target) -> (source text, target text, article) of each pair, and examples where the file has some
-Given = dict[tuple[str, str], tuple[list[tuple[str, str, str]], list[tuple[str, str]]]]
-
-
-def tasks_of(context: Context, experiment: Experiment) -> list[Task]:
-    """Both directions between the first two languages, with their sentences and examples.
+def check_translation(context: Context, translation: Translation) -> None:
+    """Raise what is wrong with the template, the tokenizer of BLEU and, of text, with sentences and prompts; needs no result.
 
     Raises:
-        InputError: sentences without a direction, or none; from the readers.
+        InputError: as `tasks_of`, `Template`, `build_prompts` and `Bleu`.
     """
-    translation = experiment.config.translation
-    assert translation is not None
-    a, b = context.study.languages[:2]
-    given: Given = {}
-    instructions: dict[tuple[str, str], str | None] = {}
-    for path in translation.files:
-        if path.endswith(".json"):
-            found, beside = read_translation(path), shots_file(path)
-            shots = read_translation(beside).pairs if not found.shots and beside is not None else found.shots
-            rows = [(s, t, str(i)) for i, (s, t) in enumerate(found.pairs)]  # its samples name no article
-            instructions[found.direction] = found.instruction
-            more = {found.direction: (rows, shots)}
-        else:
-            more = _both_ways(read_aligned(path, languages=(a, b), limit=translation.pairs), (a, b))
-        if twice := [way for way in more if way in given]:
-            raise InputError(
-                f"{path}: there is another file with sentences from {twice[0][0]} to {twice[0][1]} in "
-                "intervention.translation.files: give one for each direction"
-            )
-        given |= more
-    if not translation.files:
-        given = _both_ways(_aligned(context, "test"), (a, b))
-    tasks = []
-    for (source, target), (rows, shots) in given.items():
-        if (source, target) not in ((a, b), (b, a)):
-            raise InputError(f"translation from {source} to {target}: the study's languages are {a} and {b}")
-        if not shots and translation.shots:
-            dev = _aligned(context, "dev")
-            side = (0, 1) if source == a else (1, 0)
-            # Of different articles where there are enough, so that the examples are not one text.
-            shots = [(p.texts[side[0]], p.texts[side[1]]) for p in _spread(dev, translation.shots)]
-        if len(shots) < translation.shots:
-            raise InputError(
-                f"translation needs {translation.shots} examples and has {len(shots)}: "
-                "give corpus.aligned.dev, or lower intervention.translation.shots"
-            )
-        rows = rows[: translation.pairs]
-        _, article = np.unique([r[2] for r in rows], return_inverse=True)
-        pairs, instruction = [(s, t) for s, t, _ in rows], instructions.get((source, target))
-        tasks.append(Task(source, target, pairs, article.astype(np.int64), shots[: translation.shots], instruction))
-    return tasks
+    template = template_of(context, translation)
+    for language in context.study.languages[:2]:
+        metrics(context, translation, language)
+    if isinstance(corpus := context.study.corpus, PlantedCorpus):
+        read_files(translation, (context.study.languages[0], context.study.languages[1]))
+        wanted, have = shots_of(context, translation), corpus.aligned_pairs
+        if not translation.files and wanted > have:
+            raise InputError(f"translation needs {wanted} examples and has {have}: lower intervention.translation.shots")
+        return  # its sentences are made later
+    for task in tasks(context, translation):
+        build_prompts(template, task.shots, [s for s, _ in task.pairs[:1]], instruction=task.instruction, **language_names(task))
 
 
-def _both_ways(pairs: list[AlignedPair], languages: tuple[str, str]) -> Given:
-    a, b = languages
-    if not pairs:
-        raise InputError("there are no sentences to translate: give intervention.translation.files or corpus.aligned.test")
-    return {
-        (source, target): ([(p.texts[i], p.texts[j], p.article) for p in pairs], [])
-        for source, target, i, j in ((a, b, 0, 1), (b, a, 1, 0))
-    }
-
-
-def _spread(pairs: list[AlignedPair], n: int) -> list[AlignedPair]:
-    first = list({p.article: p for p in reversed(pairs)}.values())[::-1]
-    return first[:n] if len(first) >= n else pairs[:n]
-
-
-def _aligned(context: Context, which: str) -> list[AlignedPair]:
-    """Aligned sentences as text; the planted world's from its tokens."""
-    if which not in context.token_info.aligned:
-        return []
-    if isinstance(context.study.corpus, TextCorpus):
-        return aligned_pairs(context.study.corpus, which)
-    aligned, words = read_aligned_tokens(context.store.aligned_dir, which), context.world()
-    texts = [
-        [words.text(row[1:length]) for row, length in zip(side, lengths, strict=True)]
-        for side, lengths in zip(aligned.tokens, aligned.length, strict=True)
-    ]
-    return [AlignedPair(i, str(g), pair) for i, g, pair in zip(aligned.ids, aligned.article, zip(*texts, strict=True), strict=True)]
-
-
-def template_of(context: Context, experiment: Experiment) -> Template:
-    """The study's template, or the default of its corpus."""
-    translation = experiment.config.translation
-    assert translation is not None
-    if isinstance(context.study.corpus, PlantedCorpus):
-        shot, query, stop = "{source} <sep> {target} <sep> ", "{source} <sep>", " <sep>"
-    else:
-        shot, query, stop = "{source_name}: {source}\n{target_name}: {target}\n\n", "{source_name}: {source}\n{target_name}:", "\n"
-    return Template(translation.shot or shot, translation.query or query, translation.stop or stop, translation.intro)
+PROMPTS = "prompts: "  # begins a note on all translations of a direction
 
 
 class Asked(NamedTuple):
     """A task as the models see it."""
 
     prompts: Prompts
-    stop_ids: set[int]
+    stop_ids: set[int]  # end a translation and are not part of it
+    last_ids: set[int]  # end it, and hold the text at which it is cut
     stop: str
 
 
@@ -144,18 +63,20 @@ def ask(context: Context, experiment: Experiment, task: Task, tokenizer: Any, ma
     Raises:
         InputError: a prompt that does not fit the model; says which.
     """
-    translation, template, info = experiment.config.translation, template_of(context, experiment), context.token_info
+    translation, info = experiment.config.translation, context.token_info
     assert translation is not None
+    template = template_of(context, translation)
     corpus = context.study.corpus
     bos = None if isinstance(corpus, TextCorpus) and corpus.bos == "none" else info.bos_id
     prompts = fit_prompts(
         encoder(tokenizer), template, task.shots, [s for s, _ in task.pairs],
-        source_name=LANGUAGE_NAMES.get(task.source, task.source), target_name=LANGUAGE_NAMES.get(task.target, task.target),
         instruction=task.instruction, bos_id=bos, max_length=max_length, new_tokens=longest(context, translation),
+        **language_names(task),
     )  # fmt: skip
-    pieces = context.vocabulary.piece
-    ends = stop_token_ids(pieces, template.stop) | stop_token_ids(pieces, template.stop.strip() or template.stop)
-    return Asked(prompts, ends | set(info.special_ids), template.stop)
+    # Words of the planted world have no spaces of their own; in real text the spaces of a stop are part of it.
+    stop = (template.stop.strip() or template.stop) if isinstance(corpus, PlantedCorpus) else template.stop
+    special = set(info.special_ids)
+    return Asked(prompts, special, stop_token_ids(context.vocabulary.piece, stop) - special, template.stop)
 
 
 def translated_conditions(context: Context, experiment: Experiment) -> list[int]:
@@ -188,74 +109,102 @@ def translated_name(task: str, chunk: int) -> str:
     return f"translation-{task}-{chunk:03d}"
 
 
-def directions(context: Context, experiment: Experiment) -> list[str]:
-    return [f"{t.source}-{t.target}" for t in tasks_of(context, experiment)]
-
-
 def missing_translations(context: Context, experiment: Experiment) -> list[tuple[str, int]]:
     """(direction, chunk) that are not translated yet with these settings."""
     if experiment.config.translation is None:
         return []
     folder, key = experiment.folder(context), translate_key(context, experiment)
-    n = len(translated_chunks(context, experiment))
-    return [
-        (direction, i)
-        for direction in directions(context, experiment)
-        for i in range(n)
-        if not context.store.is_done(folder, translated_name(direction, i), key)
-    ]
+    n, stored = len(translated_chunks(context, experiment)), stored_signatures(context, experiment)
+    result = []
+    for task in tasks_of(context, experiment):
+        direction, today = f"{task.source}-{task.target}", signatures(context, experiment, task)
+        names = [translated_name(direction, i) for i in range(n)]
+        done = [context.store.is_done(folder, name, key) and stored.get(name) == today for name in names]
+        result += [(direction, i) for i, there in enumerate(done) if not there]
+    return result
 
 
 def translate_chunk(root: str, raw: dict[str, Any], direction: str, chunk: int, report: Callable[..., None]) -> None:
-    """Translations of one chunk of the conditions: condition, pair, text."""
+    """Translations of one chunk of the conditions (condition, pair, text), and their scores.
+
+    What was translated with these settings and scored otherwise (by another version, or by another tokenizer of BLEU) is
+    only scored again.
+    """
     context, experiment = Context.open(root), Experiment.parse(raw)
-    config, folder, name = experiment.config, experiment.folder(context), translated_name(direction, chunk)
-    assert config.translation is not None
+    folder, name, key = experiment.folder(context), translated_name(direction, chunk), translate_key(context, experiment)
     task = next(t for t in tasks_of(context, experiment) if f"{t.source}-{t.target}" == direction)
+    chosen = translated_chunks(context, experiment)[chunk]
+    if context.store.is_done(folder, name, key):
+        found = _stored(context, folder, name)
+    else:
+        found = _translated(context, experiment, task, chosen, report)
+    context.store.begin(folder, name)
+    # Counting n-grams takes a while: done here, where the conditions are spread over the workers.
+    statistics = scored(context, experiment, task, [[t for c, _, t in found.rows if c == i] for i in chosen])
+    with atomic_path(folder / f"{name}.npz") as temporary, open(temporary, "wb") as handle:
+        np.savez(handle, added_norm=found.norms, **statistics)  # pyright: ignore[reportArgumentType]
+    columns = list(zip(*found.rows, strict=True))
+    table = pa.table({"condition": pa.array(columns[0], pa.int64()), "pair": pa.array(columns[1], pa.int64()), "text": columns[2]})
+    write_table(folder / f"{name}.parquet", table)
+    settings = {"dropped_shots": found.dropped, "signatures": signatures(context, experiment, task)}
+    context.store.mark_done(folder, name, key, settings, [f"{name}.parquet", f"{name}.npz"])
+
+
+class _Found(NamedTuple):
+    rows: list[tuple[int, int, str]]  # condition, pair, text
+    norms: NDArray[np.float64]  # by condition
+    dropped: int  # examples that did not fit
+
+
+def _stored(context: Context, folder: Path, name: str) -> _Found:
+    columns = read_parquet(folder / f"{name}.parquet").select(["condition", "pair", "text"]).to_pydict().values()
+    with np.load(folder / f"{name}.npz") as arrays:
+        norms = arrays["added_norm"]
+    dropped = context.store.done(folder)[name]["settings"]["dropped_shots"]
+    return _Found(list(zip(*columns, strict=True)), norms, dropped)
+
+
+def _translated(context: Context, experiment: Experiment, task: Task, chosen: list[int], report: Callable[..., None]) -> _Found:
+    config = experiment.config
+    assert config.translation is not None
     conditions, sets = load_conditions(context, experiment, "translation")
     scene, tokenizer = open_scene(context, experiment), load_run_tokenizer(context)
     asked = ask(context, experiment, task, tokenizer, _positions(scene.base))
     decode, planted = _decoder(context, tokenizer, asked.stop), isinstance(context.study.corpus, PlantedCorpus)
     rows: list[tuple[int, int, str]] = []
     norms: list[float] = []
-    chosen = translated_chunks(context, experiment)[chunk]
     for n, i in enumerate(chosen):
         condition = conditions[i]
         edits = edits_of(condition, scene.readers, sets, config.mode, config.scale)
         found = greedy(
             scene.donor if condition.arm == "donor" else scene.base, asked.prompts.prefix, asked.prompts.rows,
             asked.prompts.length, max_new_tokens=longest(context, config.translation), stop_ids=asked.stop_ids,
-            batch=config.translation.batch or (250 if planted else 64),
+            last_ids=asked.last_ids, batch=config.translation.batch or (250 if planted else 64),
             edits=edits, donor=scene.donor, special_ids=context.token_info.special_ids,
             report=lambda done, total, _words, n=n: report(n + done / total, len(chosen), "conditions"),
         )  # fmt: skip
         rows += [(i, p, decode(ids)) for p, ids in enumerate(found)]
         norm = added_norm(list(edits.values()))
         norms.append(np.nan if norm is None else norm)
-    context.store.begin(folder, name)
-    # Counting n-grams takes a while: done here, where the conditions are spread over the workers.
-    statistics = scored(context, experiment, task, [[t for c, _, t in rows if c == i] for i in chosen])
-    with atomic_path(folder / f"{name}.npz") as temporary, open(temporary, "wb") as handle:
-        np.savez(handle, added_norm=np.array(norms), **statistics)  # pyright: ignore[reportArgumentType]
-    columns = list(zip(*rows, strict=True))
-    table = pa.table({"condition": pa.array(columns[0], pa.int64()), "pair": pa.array(columns[1], pa.int64()), "text": columns[2]})
-    write_table(folder / f"{name}.parquet", table)
-    context.store.mark_done(
-        folder,
-        name,
-        translate_key(context, experiment),
-        {"dropped_shots": asked.prompts.dropped},
-        [f"{name}.parquet", f"{name}.npz"],
-    )
+    return _Found(rows, np.array(norms), asked.prompts.dropped)
 
 
 def metrics_of(context: Context, experiment: Experiment, task: Task) -> list[SentenceMetric[Any]]:
     """The scores of a direction; on the planted world words are what its tokens are, and concepts are known."""
-    translation = experiment.config.translation
-    assert translation is not None
+    assert experiment.config.translation is not None
+    return metrics(context, experiment.config.translation, task.target)
+
+
+def signatures(context: Context, experiment: Experiment, task: Task) -> dict[str, str]:
+    """Metric -> what computes it here and now."""
+    return {metric.name: metric.signature for metric in metrics_of(context, experiment, task)}
+
+
+def metrics(context: Context, translation: Translation, target: str) -> list[SentenceMetric[Any]]:
+    """The scores of translations into a language."""
     planted = isinstance(context.study.corpus, PlantedCorpus)
     tokenize = "none" if planted and translation.bleu_tokenize == "auto" else translation.bleu_tokenize
-    found: list[SentenceMetric[Any]] = [ChrF(), Bleu(task.target, tokenize), ExactMatch()]
+    found: list[SentenceMetric[Any]] = [ChrF(), Bleu(target, tokenize), ExactMatch()]
     return [*found, ConceptRecall()] if planted else found
 
 
@@ -287,7 +236,8 @@ def concept_reader(context: Context) -> Callable[[str], list[int]]:
 
 def longest(context: Context, translation: Translation) -> int:
     """Tokens of the longest translation."""
-    return translation.max_new_tokens or (16 if isinstance(context.study.corpus, PlantedCorpus) else 128)
+    # The planted world's longest sentence has 11 words, and the separator ends it.
+    return translation.max_new_tokens or (12 if isinstance(context.study.corpus, PlantedCorpus) else 128)
 
 
 def _positions(model: Any) -> int | None:
@@ -299,15 +249,49 @@ def _decoder(context: Context, tokenizer: Any, stop: str) -> Callable[[list[int]
     """From generated ids to the translation; the planted world's words have no spaces of their own."""
     if isinstance(context.study.corpus, PlantedCorpus):
         world = context.world()
-        return lambda ids: cut_output(world.text(np.array(ids, np.int64)), stop)
+        # A stop may begin with the space that the first word lacks.
+        return lambda ids: cut_output(" " + world.text(np.array(ids, np.int64)), stop)
     return lambda ids: cut_output(tokenizer.decode(ids, skip_special_tokens=True), stop)
 
 
-def load_statistics(context: Context, experiment: Experiment, direction: str) -> dict[str, NDArray[Any]]:
-    """Metric -> sums per condition and sentence [S, P, C], and added_norm [S], as `translated_conditions` orders them."""
-    folder, n = experiment.folder(context), len(translated_chunks(context, experiment))
-    parts = [np.load(folder / f"{translated_name(direction, i)}.npz") for i in range(n)]
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0].files}
+class Statistics(NamedTuple):
+    """What was found in one direction, as `translated_conditions` orders the conditions."""
+
+    sums: dict[str, NDArray[Any]]  # metric -> [S, P, C], sums per condition and sentence
+    added_norm: NDArray[np.float64]  # [S]
+    signatures: dict[str, str]  # metric -> what computed the sums
+    dropped_shots: int
+
+
+def load_statistics(context: Context, experiment: Experiment, direction: str) -> Statistics:
+    """All chunks of a direction together.
+
+    Raises:
+        InputError: they are not those of the plan's conditions, or were not scored alike.
+    """
+    folder, wanted = experiment.folder(context), translated_conditions(context, experiment)
+    names = [translated_name(direction, i) for i in range(len(translated_chunks(context, experiment)))]
+    arrays: dict[str, list[NDArray[Any]]] = {}
+    for name in names:
+        with np.load(folder / f"{name}.npz") as part:
+            for key in part.files:
+                arrays.setdefault(key, []).append(part[key])
+    sums = {key: np.concatenate(found) for key, found in arrays.items()}
+    if any(len(found) != len(wanted) for found in sums.values()):
+        raise InputError(
+            f"{folder}: translations {direction} are not of the {len(wanted)} conditions of its plan: remove it and run again"
+        )
+    first, *others = [context.store.done(folder)[name]["settings"] for name in names]
+    if any(other != first for other in others):
+        raise InputError(f"{folder}: translations {direction} were not scored alike ({first}; {others}): remove it and run again")
+    return Statistics(sums, sums.pop("added_norm"), first["signatures"], first["dropped_shots"])
+
+
+def dropped_words(dropped: int, shots: int) -> str | None:
+    """What to say of examples that did not fit; None where all did."""
+    if not dropped:
+        return None
+    return f"{PROMPTS}{dropped} of {shots} examples left out, with which the longest sentence does not fit the model"
 
 
 def load_translations(context: Context, experiment: Experiment, direction: str) -> dict[int, list[str]]:

@@ -4,22 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from glottoscope.study.config import Study
 from glottoscope.study.engine import Unit
 from glottoscope.study.stages.context import Context
-from glottoscope.study.stages.intervene import effects, measuring, preparing, translating
-from glottoscope.study.stages.intervene.experiments import (
-    Experiment,
-    all_experiments,
-    chunks,
-    effects_key,
-    experiments,
-    prepare_key,
-)
+from glottoscope.study.stages.intervene import effects, experiments, measuring, preparing, translating
+from glottoscope.study.stages.intervene.experiments import Experiment, all_experiments, chunks, effects_key, prepare_key
+from glottoscope.study.store import RunStore
 
 
 def of_study(context: Context) -> list[Experiment]:
     """What the study file asks for."""
-    return [] if context.study.intervention is None else experiments(context, context.study.intervention)
+    return [] if context.study.intervention is None else experiments.experiments(context, context.study.intervention)
+
+
+def check(study: Study) -> None:
+    """Raise what is wrong with the interventions of a study that has no results yet.
+
+    Raises:
+        InputError: a model, step, layer, part or sentence that is not there; a template or prompt that cannot be made.
+    """
+    config = study.intervention
+    assert config is not None
+    context = Context(study, RunStore(""))  # nothing of a run is read
+    experiments.check(context, config)
+    if config.translation is not None:
+        translating.check_translation(context, config.translation)
 
 
 def prepare_units(context: Context, wanted: Sequence[Experiment]) -> list[Unit]:
@@ -52,12 +61,19 @@ def measure_units(context: Context, wanted: Sequence[Experiment]) -> list[Unit]:
 
 
 def effect_units(context: Context, wanted: Sequence[Experiment]) -> list[Unit]:
+    """Effects of the experiments that are measured: where something of one failed, the others are finished."""
     root = str(context.store.root)
     return [
         Unit(f"{e.title}: effects", effects.make_effects, (root, e.dump()))
         for e in wanted
-        if not context.store.is_done(e.folder(context), "effects", effects_key(context, e))
+        if _is_measured(context, e) and not context.store.is_done(e.folder(context), "effects", effects_key(context, e))
     ]
+
+
+def _is_measured(context: Context, e: Experiment) -> bool:
+    if not context.store.is_done(e.folder(context), "prepare", prepare_key(context, e)):
+        return False
+    return not measuring.missing_chunks(context, e) and not translating.missing_translations(context, e)
 
 
 def table_units(context: Context) -> list[Unit]:
