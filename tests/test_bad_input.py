@@ -84,7 +84,10 @@ def test_fewer_tokens_than_a_batch(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--until", "lunch"), "--until lunch: unknown stage; choose one of pretrain, tokens, train, features, score, intervene, report"),
+        (
+            ("--until", "lunch"),
+            "--until lunch: unknown stage; choose one of pretrain, tokens, train, features, score, intervene, report",
+        ),
         (("--set", "sae.k"), "write key=value"),
         (("--set", "study.name=a b"), "study.name"),
     ],

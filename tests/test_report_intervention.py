@@ -193,7 +193,9 @@ def test_own_language_and_other_texts() -> None:
     _, _, found = story(PartEffect(-0.02, lean=1.5), name="en")
     assert found.name == "English"
     assert "By language: English lower (−" in found.text and "Japanese higher (+" in found.text
-    assert "On aligned sentences: lower, too (−" in found.text and "32 draws from all alive features do at least as well" in found.text
+    assert (
+        "On aligned sentences: lower, too (−" in found.text and "32 draws from all alive features do at least as well" in found.text
+    )
 
 
 def test_what_was_done_is_said() -> None:
