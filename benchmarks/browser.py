@@ -8,7 +8,8 @@ Large: a synthetic run (browser_run.py) of three checkpoints of one SAE of 32,76
 default on Zipf text with a vocabulary of 99,574; with --tokenizer and --corpus on real text. Feature data is all that lies
 below the setup's folder of the site: lists, snippets and shards. Text is the token blocks and the table of tokens, per token
 of the blocks. Small: 45 setups of 192 features, synthetic or the first 45 setups of a run directory; its size is the whole
-site's, pages and libraries included. Making the runs is not timed. Each measurement is a process of its own.
+site's, pages and libraries included. Making the runs is not timed. Each measurement is a process of its own. Where playwright
+and the system's Chromium are there (`make test-browser` installs playwright), the list page is opened, too.
 """
 
 from __future__ import annotations
@@ -22,11 +23,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from browser_page import list_page_seconds
 from browser_run import Sizes, Text, corpus_text, cut_run, quick, synthetic_run
 from harness import MB, Options, Progress, Section, Verdict, interleave, median_of, peak_memory, python_job, reset_peak, table
 
 SMALL = Sizes(features=192, setups=45, examples=20, blocks=800, vocabulary=477, width=128)
-FEATURE_MB, TEXT_BYTES, SITE_MB = 40.0, 2.0, 20.0  # limits; MB = 10^6 bytes
+FEATURE_MB, TEXT_BYTES, SITE_MB, PAGE_SECONDS = 40.0, 2.0, 20.0, 1.0  # limits; MB = 10^6 bytes
 
 
 class Sources(NamedTuple):
@@ -55,12 +57,14 @@ def run(options: Options, sources: Sources | None = None) -> Section:
     rows = [_row(name, records[0]) for name, records in found.items()]
     header = (
         "site", "setups x features", "text", "feature data of a setup (MB)", "of it lists", "snippets", "shards",
-        "text (bytes per token)", "whole site (MB)", "export (s)", "open (s)", "list (s)", "a feature (s)", "peak memory (MB)",
+        "text (bytes per token)", "whole site (MB)", "export (s)", "open (s)", "list (s)", "a feature (s)", "list page (s)",
+        "another class (s)", "peak memory (MB)",
     )  # fmt: skip
     large, small = (found.get(f"browser/{name}") for name in ("large", "small"))
     verdicts = [
         Verdict("feature data of a setup, 32,768 x 50 examples (MB)", None, median_of(large, "setup_mb"), FEATURE_MB, False),
         Verdict("text of the site (bytes per token)", None, median_of(large, "bytes_per_token"), TEXT_BYTES, False),
+        Verdict("list page of 32,768 features (s)", None, median_of(large, "page_seconds"), PAGE_SECONDS, False),
         Verdict("site of 45 setups x 192 features (MB)", None, median_of(small, "site_mb"), SITE_MB, False),
     ]
     return Section("Browser: the exported site", table(header, rows), found, [] if options.quick else verdicts)
@@ -73,9 +77,10 @@ def _paths(sources: Sources, name: str) -> dict[str, str]:
 
 def _row(name: str, record: dict[str, Any]) -> list[str]:
     if "error" in record:
-        return [name, record["error"], *[""] * 12]
+        return [name, record["error"], *[""] * 14]
     numbers = [f"{record[x]:.1f}" for x in ("setup_mb", "list_mb", "snippets_mb", "shards_mb")]
     seconds = [f"{record[x]:.1f}" for x in ("seconds", "open_seconds", "list_seconds", "feature_seconds")]
+    seconds += [f"{record[x]:.2f}" if x in record else "no browser" for x in ("page_seconds", "filter_seconds")]
     shape = f"{record['setups']} x {record['features']:,}"
     text = [f"{record['bytes_per_token']:.2f}", f"{record['site_mb']:.1f}"]
     return [name, shape, record["text"], *numbers, *text, *seconds, f"{record['peak'] / MB:.0f}"]
@@ -107,11 +112,13 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
         listed = time.monotonic()
         site.read(addresses[-1])
         shown = time.monotonic()
+        pages = list_page_seconds(site_folder, last.id)
         return {
             **_sizes_of(site_folder, len(site.setups)),
             "setups": len(site.setups), "features": last.n_features, "seconds": seconds, "open_seconds": opened - started,
             "list_seconds": listed - opened, "feature_seconds": shown - listed, "peak": peak,
             "text": "of the run" if "run" in task else "corpus" if "corpus" in task else "Zipf",
+            **({} if pages is None else dict(zip(("page_seconds", "filter_seconds"), pages, strict=True))),
             "words": f"{seconds:.0f} s",
         }  # fmt: skip
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import sacrebleu
 from rich.console import Console
@@ -26,6 +27,7 @@ from glottoscope.study.runner import remake_report
 from glottoscope.study.stages.context import Context
 from glottoscope.study.stages.intervene import experiments as stage
 from glottoscope.study.stages.intervene import translating
+from glottoscope.study.stages.intervene.effects import make_effects
 from glottoscope.study.stages.intervene.measuring import load_losses
 from glottoscope.study.stages.intervene.sentences import tasks_of
 from glottoscope.study.stages.intervene.translating import ask, load_statistics
@@ -113,8 +115,11 @@ def test_what_another_tokenizer_scored_is_scored_again_and_told(
         # Looking at the run changes nothing: the numbers are those of the tokenizer that they are said to be of.
         remake_report(store.root, Console(file=StringIO()))
         assert {e.name for e in stage.all_experiments(Context.open(store.root))} == {"study"}
-        check_signature = row_of(store, text="translation", arm="donor", metric="bleu", language="en-ja")["signature"]
-        assert "|tok:ja-mecab" in check_signature
+        make_effects(str(store.root), asked(store)[0].dump(), lambda *_: None)
+        path = folder_of(store) / "intervention.parquet"
+        found = [r for r in pq.read_table(path).to_pylist() if (r["metric"], r["language"]) == ("bleu", "en-ja")]
+        assert found == rows_of(store, metric="bleu", language="en-ja")
+        assert all("|tok:ja-mecab" in r["signature"] for r in found)
         assert again(store, text_study(folder), SETTINGS) == 3  # scores into Japanese, effects, the table
         assert "|tok:char" in row_of(store, text="translation", arm="donor", metric="bleu", language="en-ja")["signature"]
         found = contents(store.root, ("interventions/**/translation-*.parquet",))
