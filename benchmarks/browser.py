@@ -9,7 +9,8 @@ default on Zipf text with a vocabulary of 99,574; with --tokenizer and --corpus 
 below the setup's folder of the site: lists, snippets and shards. Text is the token blocks and the table of tokens, per token
 of the blocks. Small: 45 setups of 192 features, synthetic or the first 45 setups of a run directory; its size is the whole
 site's, pages and libraries included. Making the runs is not timed. Each measurement is a process of its own. Where playwright
-and the system's Chromium are there (`make test-browser` installs playwright), the list page is opened, too.
+and the system's Chromium are there (`make test-browser` installs playwright), the list page is opened, too; page: a site of one
+such setup with few examples, for that alone.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from browser_page import list_page_seconds
 from browser_run import Sizes, Text, corpus_text, cut_run, quick, synthetic_run
 from harness import MB, Options, Progress, Section, Verdict, interleave, median_of, peak_memory, python_job, reset_peak, table
 
+PAGE = Sizes(setups=1, examples=2)  # the list page needs no examples: its site is made in a minute
 SMALL = Sizes(features=192, setups=45, examples=20, blocks=800, vocabulary=477, width=128)
 FEATURE_MB, TEXT_BYTES, SITE_MB, PAGE_SECONDS = 40.0, 2.0, 20.0, 1.0  # limits; MB = 10^6 bytes
 
@@ -42,8 +44,8 @@ class Sources(NamedTuple):
 def run(options: Options, sources: Sources | None = None) -> Section:
     """Both sites, with the targets that they can judge."""
     sources = sources or Sources()
-    sizes = {"large": quick(Sizes()) if options.quick else Sizes(), "small": SMALL}
-    weights = {"large": 30.0, "small": 1.0}
+    sizes = {"large": quick(Sizes()) if options.quick else Sizes(), "small": SMALL, "page": quick(PAGE) if options.quick else PAGE}
+    weights = {"large": 30.0, "small": 1.0, "page": 3.0}
     jobs = [
         python_job(
             f"browser/{name}", "browser.py",
@@ -60,11 +62,11 @@ def run(options: Options, sources: Sources | None = None) -> Section:
         "text (bytes per token)", "whole site (MB)", "export (s)", "open (s)", "list (s)", "a feature (s)", "list page (s)",
         "another class (s)", "peak memory (MB)",
     )  # fmt: skip
-    large, small = (found.get(f"browser/{name}") for name in ("large", "small"))
+    large, small, page = (found.get(f"browser/{name}") for name in ("large", "small", "page"))
     verdicts = [
         Verdict("feature data of a setup, 32,768 x 50 examples (MB)", None, median_of(large, "setup_mb"), FEATURE_MB, False),
         Verdict("text of the site (bytes per token)", None, median_of(large, "bytes_per_token"), TEXT_BYTES, False),
-        Verdict("list page of 32,768 features (s)", None, median_of(large, "page_seconds"), PAGE_SECONDS, False),
+        Verdict("list page of 32,768 features (s)", None, median_of(page, "page_seconds"), PAGE_SECONDS, False),
         Verdict("site of 45 setups x 192 features (MB)", None, median_of(small, "site_mb"), SITE_MB, False),
     ]
     return Section("Browser: the exported site", table(header, rows), found, [] if options.quick else verdicts)
@@ -155,7 +157,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--tokenizer", type=Path, metavar="MODEL", help="SentencePiece model, with --corpus")
     parser.add_argument("--corpus", type=Path, metavar="FOLDER", help="en.jsonl, ja.jsonl and parallel.test.jsonl")
     parser.add_argument("--run", type=Path, metavar="RUN", help="run directory whose first 45 setups are the small site")
-    parser.add_argument("--only", choices=("large", "small"), help="one of the two sites")
+    parser.add_argument("--only", choices=("large", "small", "page"), help="one of the sites")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--quick", action="store_true", help="a hundredth of the features: to see that all of it works")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="make the large run in this folder, measure nothing")

@@ -539,6 +539,12 @@ def test_agreement_is_said_in_the_end(ask: Ask, root: Path) -> None:
 # ---- a real terminal
 
 
+def _own_terminal() -> None:
+    """So that Ctrl-C is the terminal's to send, also where the tests themselves run in the background, which ignores it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
 class Terminal:
     """The command at a terminal of its own."""
 
@@ -550,7 +556,7 @@ class Terminal:
             [sys.executable, "-m", "glottoscope.cli", "label", str(root), "--rater", "mari", *arguments],
             stdin=slave, stdout=slave, stderr=slave, start_new_session=True, close_fds=True,
             env={**environment(), "TERM": "xterm-256color", "COLUMNS": "100", "LANG": "C.UTF-8"},
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # so that Ctrl-C is the terminal's to send
+            preexec_fn=_own_terminal,
         )  # fmt: skip
         self.seen = ""
 
