@@ -22,6 +22,10 @@ KYOTO = (
     "CC BY-SA 3.0",
     "National Institute of Information and Communications Technology (NICT); text of Wikipedia's contributors",
 )
+PLANTED = (
+    "The text is a planted world with word-level truth; its default was chosen after trials, so it shows that the "
+    "instrument can see and verify the effect and is no independent evidence for the paper."
+)
 # Column -> (label, decimals shown). Units and meanings are those of the tables.
 _FEATURE_LABELS = {
     "share": ("language share", 2), "share_low": ("language share, low", 2), "share_high": ("language share, high", 2),
@@ -86,10 +90,7 @@ def notes_of(study: Study, info: TokenInfo) -> tuple[str, ...]:
     """What a reader should know of the study, one sentence or more each."""
     notes = [*info.notes, *([study.study.notes] if study.study.notes else [])]
     if isinstance(study.corpus, PlantedCorpus):
-        notes.append(
-            "The text is a planted world with word-level truth; its default was chosen after trials, so it shows that the "
-            "instrument can see and verify the effect and is no independent evidence for the paper."
-        )
+        notes.append(PLANTED)
     if not info.aligned:
         notes.append("There are no aligned sentences: phi and bilingual are not known, and no sentence pairs are shown.")
     elif len(info.languages) > 2:

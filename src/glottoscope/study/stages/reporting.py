@@ -14,17 +14,13 @@ from glottoscope.report.data import PatternExample, ReportData
 from glottoscope.report.page import build_report
 from glottoscope.study.config import LANGUAGE_NAMES, PlantedCorpus, TextCorpus
 from glottoscope.study.plan import ModelRun, seed_for
+from glottoscope.study.site_words import KYOTO, PLANTED
 from glottoscope.study.stages.context import KEY_COLUMNS, Context
 from glottoscope.study.stages.intervene.effects import table_key
 from glottoscope.study.stages.pretraining import lm_facts, lm_log, pretrained_runs
 from glottoscope.study.store import RunStore, digest, read_parquet
 
 NOT_KNOWN = "not known to us"
-KYOTO = (
-    "Japanese-English Bilingual Corpus of Wikipedia's Kyoto Articles",
-    "CC BY-SA 3.0",
-    "National Institute of Information and Communications Technology (NICT); text of Wikipedia's contributors",
-)
 
 
 def report_key(context: Context, tables_key: str) -> str:
@@ -227,10 +223,7 @@ def _notes(context: Context) -> list[str]:
     if study.study.notes:
         notes.append(study.study.notes)
     if isinstance(study.corpus, PlantedCorpus):
-        notes.append(
-            "The text is a planted world with word-level truth; its default was chosen after trials, so it shows that the "
-            "instrument can see and verify the effect and is no independent evidence for the paper."
-        )
+        notes.append(PLANTED)
     for run in pretrained_runs(context):
         facts = lm_facts(context, run.name)
         if not facts:
