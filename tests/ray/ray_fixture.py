@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import tempfile
@@ -33,10 +34,9 @@ def environment(folder: str) -> Iterator[None]:
 def two_nodes() -> Iterator[Any]:
     """Two nodes with one CPU each, every process of them on 127.0.0.1: a ray.cluster_utils.Cluster."""
     with tempfile.TemporaryDirectory(prefix="gr", dir="/tmp", ignore_cleanup_errors=True) as folder, environment(folder):
-        from ray.cluster_utils import Cluster  # reads the environment
-
+        cluster_of = importlib.import_module("ray.cluster_utils").Cluster  # reads the environment
         common = {"num_cpus": 1, "object_store_memory": OBJECT_STORE, "node_ip_address": "127.0.0.1"}
-        cluster = Cluster(initialize_head=True, head_node_args={**common, "include_dashboard": False}, shutdown_at_exit=False)
+        cluster = cluster_of(initialize_head=True, head_node_args={**common, "include_dashboard": False}, shutdown_at_exit=False)
         try:
             add_node(cluster)
             yield cluster

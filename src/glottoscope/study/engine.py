@@ -18,7 +18,7 @@ import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 from rich.console import Console
 
@@ -82,7 +82,7 @@ class Engine(ABC):
         self.console = console or Console(stderr=True)
         self.plain = plain or not self.console.is_terminal
 
-    def __enter__(self) -> Engine:
+    def __enter__(self) -> Self:
         clear(self.store.work_dir)  # of a run that was killed: this one holds the directory now
         self.start()
         return self
