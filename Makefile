@@ -11,7 +11,7 @@ COMET := .venv-comet
 TORCH_INDEX ?=
 PIP_FLAGS := --quiet --disable-pip-version-check -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: help setup setup-dev demo demo-full test test-browser test-comet bench bench-quick lint docs clean
+.PHONY: help setup setup-dev demo demo-full test test-browser test-comet test-ray bench bench-quick lint docs clean
 
 help:
 	@echo "make setup      make the .venv and install glottoscope"
@@ -20,6 +20,7 @@ help:
 	@echo "make test       run the tests"
 	@echo "make test-browser  test the report and the browser's pages in the system's Chromium (playwright drives it; none is downloaded)"
 	@echo "make test-comet  make COMET's own environment in $(COMET) and test scoring with the real package (about 4 minutes)"
+	@echo "make test-ray   install Ray into $(VENV) and test a cluster of two nodes on this machine (about 3 minutes, loopback only)"
 	@echo "make bench      install the peers into $(BENCH) and run the benchmarks beside them (about an hour on 2 cores)"
 	@echo "make bench-quick  the same at small shapes (minutes), to see that all of it works"
 	@echo "make lint       ruff and pyright"
@@ -50,6 +51,11 @@ $(VENV)/.installed-browser: $(VENV)/.installed-dev
 	@$(BIN)/python -m pip install $(PIP_FLAGS) -e '.[browser]'
 	@touch $@
 
+$(VENV)/.installed-ray: $(VENV)/.installed-dev
+	@echo "installing Ray ..."
+	@$(BIN)/python -m pip install $(PIP_FLAGS) -e '.[ray]'
+	@touch $@
+
 demo: setup
 	@$(BIN)/glottoscope demo
 
@@ -74,6 +80,10 @@ test-comet: setup-dev
 	@$(BIN)/python -c "from pathlib import Path; from glottoscope.intervention import comet; \
 	  comet.setup(Path('$(COMET)'), extra_index='$(TORCH_INDEX)' or None)"
 	GLOTTOSCOPE_COMET=$(CURDIR)/$(COMET) $(BIN)/python -m pytest tests/comet
+
+# A real cluster: two raylets as processes of this machine, all of them on 127.0.0.1.
+test-ray: $(VENV)/.installed-ray
+	$(BIN)/python -m pytest tests/ray
 
 # Peers come without their dependencies: what they need is in peers.txt, and torch stays as it is.
 $(BENCH)/.installed: $(BENCH)/bin/python pyproject.toml constraints.txt benchmarks/peers.txt

@@ -46,7 +46,7 @@ def study_of(case: dict[str, Any], folder: Path) -> Path:
 
 def measure(task: dict[str, Any]) -> dict[str, Any]:
     """Predicted and highest resident bytes of a process that trains the SAEs of one cell."""
-    from glottoscope.study.engine import _prepare_process
+    from glottoscope.study.engine import prepare_process
     from glottoscope.study.load import load_study
     from glottoscope.study.plan import expand, train_memory
     from glottoscope.study.stages.training import train_cell
@@ -61,7 +61,7 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
         (run, *_) = expand(study)
         assert run.shape is not None
         layers = run.known_layers()
-        _prepare_process(1, True)
+        prepare_process(1, True)
         train_cell(str(folder / "run"), run.name, 0, layers, lambda *_: None)
         predicted = train_memory(study, run.shape, len(layers))
     measured = peak_memory()

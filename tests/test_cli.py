@@ -241,7 +241,7 @@ def test_demo_names_another_seed_another_study(tmp_path: Path, monkeypatch: pyte
     import glottoscope.cli as cli
 
     started: list[tuple[str, int, Path, str]] = []
-    monkeypatch.setattr(cli, "_run", lambda study, out, until, workers: started.append(
+    monkeypatch.setattr(cli, "_run", lambda study, out, until, workers, machines: started.append(
         (study.study.name, study.study.seed, out, until)))  # fmt: skip
     for arguments in ((), ("--full",), ("--seed", "3", "--out", tmp_path)):
         assert command("demo", *arguments).code == 0

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from glottoscope.study.config import Study
+    from glottoscope.study.engines import Machines
 
 app = typer.Typer(
     name="glottoscope",
@@ -36,6 +37,14 @@ SetOption = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Change a field: sae.k=16, models.0.lr=1e-3. Repeatable."),
 ]
 Workers = Annotated[int | None, typer.Option(min=1, help="Local processes. Default: cores / compute.threads.")]
+EngineOption = Annotated[str, typer.Option("--engine", help="local | ray (docs/cluster.md). It changes no number.")]
+Address = Annotated[
+    str | None, typer.Option(help="Ray cluster: HOST:PORT of its head, or auto. Default: one is started on this machine.")
+]
+Pin = Annotated[bool, typer.Option("--pin/--no-pin", help="Give every local process cores of its own.")]
+Plain = Annotated[
+    bool, typer.Option("--plain", help="Lines with time stamps instead of a live view. Default where stderr is no terminal.")
+]
 
 
 def _version(wanted: bool) -> None:
@@ -61,6 +70,10 @@ def demo(
     out: Annotated[Path | None, typer.Option(help="Run directory. Default: runs/NAME.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the study, its text and its models.")] = 0,
     workers: Workers = None,
+    engine: EngineOption = "local",
+    address: Address = None,
+    pin: Pin = True,
+    plain: Plain = False,
 ) -> None:
     """Run the embedded study on the planted bilingual world, and say where its report is."""
     from glottoscope.study.load import parse_study, preset_text
@@ -72,7 +85,7 @@ def demo(
         preset_text(preset), name=preset, folder=Path.cwd(),
         overrides=[f"study.seed={seed}", f"corpus.seed={seed}", f'study.name="{name}"'],
     )  # fmt: skip
-    _run(study, out or Path("runs") / name, "report", workers)
+    _run(study, out or Path("runs") / name, "report", workers, _machines(engine, address, pin, plain))
 
 
 @app.command(epilog="Example: `glottoscope init study.toml --preset text`")
@@ -116,6 +129,10 @@ def run(
     set_: SetOption = [],  # noqa: B006 - typer wants a list
     until: Annotated[str, typer.Option(help="Last stage: pretrain, tokens, train, features, score, intervene, report.")] = "report",
     workers: Workers = None,
+    engine: EngineOption = "local",
+    address: Address = None,
+    pin: Pin = True,
+    plain: Plain = False,
 ) -> None:
     """Run a study, or continue one: complete stages are not run again, changed settings redo only what depends on them."""
     from glottoscope.study.config import STAGES
@@ -124,7 +141,7 @@ def run(
     if until not in STAGES:
         raise InputError(f"--until {until}: unknown stage; choose one of {', '.join(STAGES)}")
     study = load_study(study_file, set_)
-    _run(study, out or Path("runs") / study.study.name, until, workers)
+    _run(study, out or Path("runs") / study.study.name, until, workers, _machines(engine, address, pin, plain))
 
 
 @app.command(epilog="Example: `glottoscope status runs/planted`")
@@ -132,8 +149,10 @@ def status(run_dir: RunDir) -> None:
     """Say how far a run is, and with what settings of the machine."""
     from rich.table import Table
 
+    from glottoscope.study.runner import at_work
     from glottoscope.study.runner import status as stage_status
     from glottoscope.study.store import RunStore, tree_size
+    from glottoscope.study.view import print_signs
 
     store = RunStore(run_dir)
     manifest, console = store.manifest(), _console(sys.stdout)
@@ -142,6 +161,7 @@ def status(run_dir: RunDir) -> None:
     for row in stage_status(run_dir):
         table.add_row(row.stage, row.words)
     console.print(table)
+    print_signs(at_work(run_dir), console)
     machine = manifest.get("machine", {})
     console.print(
         f"device {machine.get('device')}, {machine.get('threads')} thread(s) per process, "
@@ -215,6 +235,10 @@ def intervene(
     name: Annotated[str, typer.Option(help="Name of these experiments in the table; another name keeps both.")] = "cli",
     set_: SetOption = [],  # noqa: B006
     workers: Workers = None,
+    engine: EngineOption = "local",
+    address: Address = None,
+    pin: Pin = True,
+    plain: Plain = False,
 ) -> None:
     """Add a part of a trained checkpoint's representation to an earlier one, with controls; loss and translation before and after.
 
@@ -242,7 +266,8 @@ def intervene(
     console = _console()
     config = settings_of(RunStore(run_dir), changes, set_)
     held = None if comet is None else Comet(comet, comet_environment, comet_gpus, comet_batch)
-    failures = run_interventions(run_dir, config, name=name, workers=workers, console=console, comet=held)
+    machines = _machines(engine, address, pin, plain)
+    failures = run_interventions(run_dir, config, name=name, workers=workers, console=console, comet=held, machines=machines)
     if failures:
         raise typer.Exit(2 if all(f.bad_input for f in failures) else 1)
     print_effects(run_dir, config, name, _console(sys.stdout))
@@ -418,14 +443,20 @@ def clean(
     print(f"{len(removed)} item(s), {describe_memory(sum(size for _, size in removed))}")
 
 
-def _run(study: Study, out: Path, until: str, workers: int | None) -> None:
+def _machines(engine: str, address: str | None, pin: bool, plain: bool) -> Machines:
+    from glottoscope.study.engines import Machines
+
+    return Machines(engine, address, pin, plain).checked()  # pyright: ignore[reportArgumentType] - checked() says what is wrong
+
+
+def _run(study: Study, out: Path, until: str, workers: int | None, machines: Machines) -> None:
     from glottoscope.study.engine import stop_on_sigterm
     from glottoscope.study.runner import run_study
 
     stop_on_sigterm()
     console = _console()
     console.print(f"study [bold]{study.study.name}[/bold] -> {out}")
-    result = run_study(study, out, until=until, workers=workers, console=console)
+    result = run_study(study, out, until=until, workers=workers, console=console, machines=machines)
     if result.exit_code:
         raise typer.Exit(result.exit_code)
     index = out / "report" / "index.html"

@@ -56,11 +56,21 @@ class Compute(Part):
     memory_gb: PositiveFloat | None = Field(
         default=None, description="Memory for one process; layers are trained in groups that fit. Default: what is free."
     )
+    gpus_per_unit: PositiveFloat = Field(
+        default=1.0, description="Ray: GPUs that a unit asks for where there are any; a fraction lets units share one."
+    )
     checkpoint_minutes: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = Field(
         default=10.0,
         description="A training's state is saved this often, from which a killed run goes on to the same bytes; 0: never. "
         "It changes no number.",
     )
+
+    @field_validator("gpus_per_unit")
+    @classmethod
+    def _whole_or_shared(cls, value: float) -> float:
+        if value > 1 and value != int(value):
+            raise ValueError(f"gpus_per_unit = {value:g}: a fraction below 1, or a whole number")
+        return value
 
 
 class Source(Part):

@@ -1,33 +1,31 @@
-"""Doing the units of a stage: in this process or in several local processes, with one view of the progress.
+"""Doing the units of a stage: the contract of every engine, and what a unit's process does wherever it runs.
 
 A unit is a function of the run directory and a few plain values; what it makes goes through the store, never
-through the driver's memory. Every unit runs with the study's number of threads wherever it runs, so the number of
-workers changes no number.
+through the driver's memory. Every unit runs with the study's number of threads wherever it runs, so neither the number
+of workers nor the engine changes a number.
 """
 
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
-import queue
+import resource
 import signal
 import sys
 import threading
 import time
 import traceback
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn, TimeRemainingColumn
-from rich.text import Text
 
 from glottoscope.errors import InputError
+from glottoscope.study.heartbeats import Heart, clear
+from glottoscope.study.store import RunStore
+from glottoscope.study.view import View, view_of
 
 Report = Callable[[str, float, float, str], None]  # unit, done, total, words
 
@@ -49,6 +47,15 @@ class Unit:
     function: Callable[..., Any]
     arguments: tuple[Any, ...]
     weight: float = 1.0
+    memory: int = 0  # bytes of the host that its process needs at most; 0: not known
+
+
+class Ended(NamedTuple):
+    """How a unit ended, as its own process saw it."""
+
+    failure: Failure | None
+    seconds: float
+    peak_memory: int  # bytes; the largest of the process so far, not of this unit alone
 
 
 @dataclass
@@ -58,29 +65,97 @@ class Outcome:
     done: list[str] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
     seconds: float = 0.0
+    units: dict[str, Ended] = field(default_factory=dict)
 
 
-_messages: Any = None
+class Engine(ABC):
+    """Runs units in order of submission, `slots` of them at once.
+
+    Use as a context manager: what it started lives for the whole run and is stopped on any exit.
+    """
+
+    slots: int
+
+    def __init__(self, store: RunStore, threads: int, console: Console | None = None, *, plain: bool = False) -> None:
+        self.store = store
+        self.threads = threads
+        self.console = console or Console(stderr=True)
+        self.plain = plain or not self.console.is_terminal
+
+    def __enter__(self) -> Self:
+        clear(self.store.work_dir)  # of a run that was killed: this one holds the directory now
+        self.start()
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        self.stop(kill=error is not None)
+        clear(self.store.work_dir)
+
+    def start(self) -> None:  # noqa: B027 - not every engine has something to start
+        """Start what the units need; raises InputError where it cannot be had."""
+
+    def memory_per_unit(self) -> float | None:
+        """Bytes that a unit may use where it runs; None: as this machine has."""
+        return None
+
+    @abstractmethod
+    def stop(self, kill: bool) -> None:
+        """Stop what was started; `kill`: units at work, too."""
+
+    @abstractmethod
+    def work(self, stage: str, units: Sequence[Unit], view: View, finish: Callable[[Unit, Ended], None]) -> None:
+        """Run the units, tell the view how they get on, and `finish` each of them once."""
+
+    def run(self, stage: str, units: Sequence[Unit]) -> Outcome:
+        """Run the units of one stage and show how they get on; failures are collected, not raised."""
+        outcome = Outcome()
+        started = time.monotonic()
+        if units:
+            with view_of(self.console, self.plain, stage, units) as view:
+
+                def finish(unit: Unit, ended: Ended) -> None:
+                    self._finish(unit, ended, view, outcome)
+
+                self.work(stage, units, view, finish)
+        outcome.seconds = time.monotonic() - started
+        self._write_log(stage, outcome)
+        if units:
+            rate = f" in {outcome.seconds:.0f} s"
+            failed = f", [red]{len(outcome.failures)} failed[/red]" if outcome.failures else ""
+            self.console.print(f"  [bold]{stage:<9}[/bold] {len(outcome.done)} done{failed}{rate}")
+        return outcome
+
+    def _finish(self, unit: Unit, ended: Ended, view: View, outcome: Outcome) -> None:
+        view.finish(unit, ended.failure, ended.seconds)
+        outcome.units[unit.name] = ended
+        if ended.failure is None:
+            outcome.done.append(unit.name)
+            return
+        outcome.failures.append(ended.failure)
+        if ended.failure.details:
+            self.console.print(ended.failure.details, style="dim", highlight=False, markup=False)
+
+    def _write_log(self, stage: str, outcome: Outcome) -> None:
+        """One JSON line per stage: how long it took. Kept out of the tables, whose bytes must not depend on time."""
+        record = {
+            "time": round(time.time(), 1), "stage": stage, "seconds": round(outcome.seconds, 2), "done": len(outcome.done),
+            "failures": [f"{f.unit}: {f.message}" for f in outcome.failures],
+            "units": {name: [round(e.seconds, 2), e.peak_memory] for name, e in outcome.units.items()},
+        }  # fmt: skip
+        with open(self.store.log_path, "a", encoding="utf-8") as handle:
+            handle.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
-def _start_worker(messages: Any, threads: int, fast_matmul: bool) -> None:
-    global _messages
-    _messages = messages
-    # The driver answers Ctrl-C and stops its workers; were they to answer too, half of them would print tracebacks.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = os.getppid()
+# ---- in the unit's process
 
-    def follow_parent() -> None:
-        # A killed driver must not leave workers behind that write into a run directory someone else now holds.
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os._exit(1)
-
-    threading.Thread(target=follow_parent, daemon=True).start()
-    _prepare_process(threads, fast_matmul)
+_prepared: tuple[int, bool] | None = None
 
 
-def _prepare_process(threads: int, fast_matmul: bool) -> None:
+def prepare_process(threads: int, fast_matmul: bool) -> None:
+    """Set threads and products as the study wants them; once per process is enough."""
+    global _prepared
+    if _prepared == (threads, fast_matmul):
+        return
     import scipy.linalg  # noqa: F401 - brings its own BLAS, which is limited below
     import torch
     from threadpoolctl import threadpool_limits
@@ -96,172 +171,46 @@ def _prepare_process(threads: int, fast_matmul: bool) -> None:
     # accelerator: the switch is process-wide, and there it would mean TF32.
     if fast_matmul:
         enable_fast_matmul()
+    _prepared = threads, fast_matmul
 
 
-def _send(unit: str, done: float, total: float, words: str) -> None:
-    _messages.put((unit, done, total, words))
+def run_unit(unit: Unit, stage: str, root: str, report: Report | None = None) -> Ended:
+    """Run a unit in this process; what goes wrong is in the result, an interruption is not caught."""
+    started, failure = time.monotonic(), None
+    with Heart(RunStore(root).sign_path(unit.name), stage, unit.name) as heart:
+
+        def tell(done: float, total: float, words: str = "") -> None:
+            heart.tell(done, total, words)
+            if report is not None:
+                report(unit.name, done, total, words)
+
+        try:
+            unit.function(*unit.arguments, tell)
+        except InputError as error:
+            failure = Failure(unit.name, str(error), True, "")
+        except Exception as error:
+            failure = Failure(unit.name, f"{type(error).__name__}: {error}", False, traceback.format_exc())
+    return Ended(failure, time.monotonic() - started, peak_memory())
 
 
-def _run_unit(unit: Unit) -> Failure | None:
-    return _guard(unit, _send)
+def peak_memory() -> int:
+    """Largest resident memory of this process so far, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def _guard(unit: Unit, report: Report) -> Failure | None:
-    try:
-        unit.function(*unit.arguments, lambda done, total, words="": report(unit.name, done, total, words))
-    except InputError as error:
-        return Failure(unit.name, str(error), True, "")
-    except Exception as error:
-        return Failure(unit.name, f"{type(error).__name__}: {error}", False, traceback.format_exc())
-    return None
+def lost(unit: Unit, message: str, seconds: float = 0.0) -> Ended:
+    """The end of a unit whose process did not live to tell."""
+    return Ended(Failure(unit.name, message, False, ""), seconds, 0)
 
 
-class _Rate(ProgressColumn):
-    """Units of work per second, from the unit's own count."""
-
-    def render(self, task: Task) -> Text:
-        return Text(f"{task.speed:,.1f}/s" if task.speed else "", style="dim")
+# ---- in the driver
 
 
-class Engine:
-    """Runs units in order of submission on `workers` local processes (1: in this process).
-
-    Use as a context manager: the processes live for the whole run and are stopped on any exit.
-    """
-
-    def __init__(
-        self, workers: int, threads: int, log: Path | None = None, console: Console | None = None, *, fast_matmul: bool = True
-    ) -> None:
-        self.workers = max(1, workers)
-        self.threads = threads
-        self.fast_matmul = fast_matmul
-        self.console = console or Console(stderr=True)
-        self._log = log
-        self._pool: ProcessPoolExecutor | None = None
-        self._queue: Any = None
-
-    def __enter__(self) -> Engine:
-        return self
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        self._stop(kill=error is not None)
-
-    def _stop(self, kill: bool) -> None:
-        if self._pool is None:
-            return
-        if kill:
-            for process in list((self._pool._processes or {}).values()):
-                process.terminate()
-        self._pool.shutdown(wait=not kill, cancel_futures=True)
-        self._pool = None
-
-    def _start(self) -> ProcessPoolExecutor:
-        if self._pool is None:
-            context = multiprocessing.get_context("spawn")
-            self._queue = context.Queue()
-            self._pool = ProcessPoolExecutor(self.workers, context, _start_worker, (self._queue, self.threads, self.fast_matmul))
-        return self._pool
-
-    def run(self, stage: str, units: Sequence[Unit]) -> Outcome:
-        """Run the units of one stage and show how they get on; failures are collected, not raised."""
-        outcome = Outcome()
-        started = time.monotonic()
-        if units:
-            with Progress(
-                SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=24),
-                TextColumn("{task.percentage:>3.0f}%"), _Rate(), TimeRemainingColumn(), TextColumn("{task.fields[words]}"),
-                console=self.console, transient=True, refresh_per_second=4, disable=not self.console.is_terminal,
-            ) as progress:  # fmt: skip
-                view = _View(progress, stage, units)
-                if self.workers == 1 or len(units) == 1:
-                    self._run_here(units, view, outcome)
-                else:
-                    self._run_pool(units, view, outcome)
-        outcome.seconds = time.monotonic() - started
-        self._write_log(stage, outcome)
-        if units:
-            rate = f" in {outcome.seconds:.0f} s"
-            failed = f", [red]{len(outcome.failures)} failed[/red]" if outcome.failures else ""
-            self.console.print(f"  [bold]{stage:<9}[/bold] {len(outcome.done)} done{failed}{rate}")
-        return outcome
-
-    def _run_here(self, units: Sequence[Unit], view: _View, outcome: Outcome) -> None:
-        _prepare_process(self.threads, self.fast_matmul)
-        for unit in units:
-            failure = _guard(unit, view.update)
-            self._finish(unit, failure, view, outcome)
-
-    def _run_pool(self, units: Sequence[Unit], view: _View, outcome: Outcome) -> None:
-        pool = self._start()
-        waiting: dict[Future[Failure | None], Unit] = {pool.submit(_run_unit, u): u for u in units}
-        while waiting:
-            finished, _ = wait(waiting, timeout=0.25, return_when=FIRST_COMPLETED)
-            while True:
-                try:
-                    view.update(*self._queue.get_nowait())
-                except queue.Empty:
-                    break
-            for future in finished:
-                unit = waiting.pop(future)
-                try:
-                    failure = future.result()
-                except BrokenProcessPool:
-                    failure = Failure(unit.name, "its process was killed (out of memory?)", False, "")
-                    self._pool = None
-                self._finish(unit, failure, view, outcome)
-
-    def _finish(self, unit: Unit, failure: Failure | None, view: _View, outcome: Outcome) -> None:
-        view.finish(unit)
-        if failure is None:
-            outcome.done.append(unit.name)
-            return
-        outcome.failures.append(failure)
-        if failure.details:
-            self.console.print(failure.details, style="dim", highlight=False, markup=False)
-
-    def _write_log(self, stage: str, outcome: Outcome) -> None:
-        """One JSON line per stage: how long it took. Kept out of the tables, whose bytes must not depend on time."""
-        if self._log is None:
-            return
-        record = {
-            "time": round(time.time(), 1), "stage": stage, "seconds": round(outcome.seconds, 2), "done": len(outcome.done),
-            "failures": [f"{f.unit}: {f.message}" for f in outcome.failures],
-        }  # fmt: skip
-        with open(self._log, "a", encoding="utf-8") as handle:
-            handle.write(json.dumps(record, ensure_ascii=False) + "\n")
-
-
-class _View:
-    """The stage's own bar, and one line below it for each unit at work."""
-
-    def __init__(self, progress: Progress, stage: str, units: Sequence[Unit]) -> None:
-        self.progress = progress
-        self.total = progress.add_task(f"[bold]{stage}", total=sum(u.weight for u in units), words=f"0 of {len(units)}")
-        self.weights = {u.name: u.weight for u in units}
-        self.tasks: dict[str, Any] = {}
-        self.shares: dict[str, float] = {}
-        self.finished = 0
-        self.units = len(units)
-
-    def update(self, unit: str, done: float, total: float, words: str) -> None:
-        if unit not in self.weights or self.shares.get(unit) == 1.0:
-            return  # a late message of a finished unit
-        if unit not in self.tasks:
-            self.tasks[unit] = self.progress.add_task(f"  {unit}", total=total, words=words)
-        self.progress.update(self.tasks[unit], completed=done, total=total, words=words)
-        self.shares[unit] = min(done / total, 0.999) if total else 0.0
-        self._show()
-
-    def finish(self, unit: Unit) -> None:
-        self.finished += 1
-        self.shares[unit.name] = 1.0
-        if unit.name in self.tasks:
-            self.progress.remove_task(self.tasks.pop(unit.name))
-        self._show()
-
-    def _show(self) -> None:
-        completed = sum(self.weights[u] * s for u, s in self.shares.items())
-        self.progress.update(self.total, completed=completed, words=f"{self.finished} of {self.units}")
+def usable_cores() -> list[int]:
+    """Numbers of the cores that this process may use: a batch system may give fewer than the machine has."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
 
 
 def stop_on_sigterm() -> None:

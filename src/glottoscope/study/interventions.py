@@ -17,9 +17,10 @@ from rich.table import Table
 from glottoscope.errors import InputError
 from glottoscope.intervention import comet as comet_room
 from glottoscope.study.config import NAME_PATTERN, InterventionConfig
-from glottoscope.study.engine import Engine, Failure
+from glottoscope.study.engine import Failure
+from glottoscope.study.engines import LOCAL, Machines, open_engine
 from glottoscope.study.load import parse_study
-from glottoscope.study.runner import default_workers, explain, remake_report_locked
+from glottoscope.study.runner import explain, remake_report_locked
 from glottoscope.study.stages.context import Context
 from glottoscope.study.stages.intervene import units
 from glottoscope.study.stages.intervene.comet_scoring import score_comet
@@ -69,8 +70,9 @@ def settings_of(store: RunStore, changes: Mapping[str, Any], overrides: Sequence
 
 
 def intervene(
-    root: Path, config: InterventionConfig, *, name: str, workers: int | None, console: Console, comet: Comet | None = None
-) -> list[Failure]:
+    root: Path, config: InterventionConfig, *, name: str, workers: int | None, console: Console, comet: Comet | None = None,
+    machines: Machines = LOCAL,
+) -> list[Failure]:  # fmt: skip
     """Make the experiments of `config`, the table of interventions and the report; complete ones are not made again.
 
     Raises:
@@ -94,9 +96,7 @@ def intervene(
             # What is wrong with the sentences is said now.
             tasks_of(context, wanted[0])
             check_translation(context, config.translation)
-        count = workers or default_workers(context.study)
-        on_cpu = context.device().type == "cpu"
-        with Engine(count, context.study.compute.threads, store.log_path, console, fast_matmul=on_cpu) as engine:
+        with open_engine(context.study, store, console, workers, machines) as engine:
             for stage in (units.prepare_units, units.measure_units):
                 outcome = engine.run("intervene", stage(context, wanted))
                 if outcome.failures:

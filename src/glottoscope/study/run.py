@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
+import operator
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +19,7 @@ from glottoscope.study.store import RunStore, read_parquet
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    import pyarrow.dataset as ds
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -31,6 +34,7 @@ class Run:
 
     Attributes:
         features: Arrow table, one row per feature of every setup (docs/tables.md); `.to_pandas()` for a data frame.
+        features_dataset: the same rows, read from disk as they are asked for: for runs whose table does not fit memory.
         evolution: Arrow table, one row per setup.
         study: the settings.
         manifest: versions, seeds and hashes.
@@ -54,6 +58,37 @@ class Run:
     @cached_property
     def features(self) -> pa.Table:
         return self._store.table("features")
+
+    @cached_property
+    def features_dataset(self) -> ds.Dataset:
+        """Features of every setup that is scored so far, as a `pyarrow.dataset` of one file per setup.
+
+        A condition on model, step, layer or sae_seed opens the files of those setups only:
+        `run.features_dataset.to_table(filter=ds.field("layer") == 4, columns=["step", "language"])`.
+
+        Raises:
+            InputError: no setup is scored yet.
+        """
+        import pyarrow.dataset as ds
+        import pyarrow.parquet as pq
+        from pyarrow.fs import LocalFileSystem
+
+        store, context, form, system = self._store, self._context, ds.ParquetFileFormat(), LocalFileSystem()
+        fragments, schema = [], None
+        for run in context.runs:
+            for step in (c.step for c in run.checkpoints):
+                for layer, seed in context.setups(self._cell(run.name, step)):
+                    folder = store.setup_dir(run.name, step, layer, seed)
+                    if "score" not in store.done(folder):
+                        continue
+                    path = folder / "features.parquet"
+                    key = {"model": run.name, "step": step, "layer": layer, "sae_seed": seed}
+                    holds = functools.reduce(operator.and_, (ds.field(k) == v for k, v in key.items()))
+                    fragments.append(form.make_fragment(str(path), system, partition_expression=holds))
+                    schema = schema or pq.read_schema(path)
+        if schema is None:
+            raise InputError(f"{store.root}: no setup is scored yet; `glottoscope run` continues it")
+        return ds.FileSystemDataset(fragments, schema, form, system)
 
     @cached_property
     def evolution(self) -> pa.Table:

@@ -6,7 +6,6 @@ not run again; what changed is done anew, and what no setting refers to stays un
 
 from __future__ import annotations
 
-import os
 import platform
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -17,9 +16,11 @@ from rich.console import Console
 import glottoscope
 from glottoscope.errors import InputError
 from glottoscope.study.config import STAGES, PlantedCorpus, PretrainModel, Study, TextCorpus
-from glottoscope.study.engine import Engine, Failure, Outcome, Unit
+from glottoscope.study.engine import Failure, Outcome, Unit
+from glottoscope.study.engines import LOCAL, Machines, default_workers, memory_budget, memory_of, open_engine
+from glottoscope.study.heartbeats import Sign, signs
 from glottoscope.study.load import corpus_path
-from glottoscope.study.plan import PROCESS, Cell
+from glottoscope.study.plan import BYTES, PROCESS, Cell, train_memory
 from glottoscope.study.stages import collecting, pretraining, reporting, rulers, scoring, tables, tokenizing, training
 from glottoscope.study.stages.context import Context
 from glottoscope.study.stages.intervene import units as intervening
@@ -53,13 +54,15 @@ class RunResult(NamedTuple):
 
 
 def run_study(
-    study: Study, out: Path, *, until: str = "report", workers: int | None = None, console: Console | None = None
-) -> RunResult:
+    study: Study, out: Path, *, until: str = "report", workers: int | None = None, console: Console | None = None,
+    machines: Machines = LOCAL,
+) -> RunResult:  # fmt: skip
     """Run a study into its run directory, continuing whatever is there.
 
     Args:
         until: last stage to run.
-        workers: local processes; default: cores / compute.threads. It changes no number.
+        workers: processes of this machine; default: cores / compute.threads. It changes no number.
+        machines: which engine, and where it runs. They change no number either.
 
     Raises:
         InputError: bad input found before anything runs.
@@ -76,12 +79,9 @@ def run_study(
         context = Context(store.study(), store)
         if isinstance(study.corpus, TextCorpus):
             store.record_sources({str(corpus_path(study.corpus, p)): h for p, h in context.source_hashes.items()})
-        count = workers or default_workers(study)
-        memory = memory_budget(study, count)
-        on_cpu = context.device().type == "cpu"
-        with Engine(count, study.compute.threads, store.log_path, console, fast_matmul=on_cpu) as engine:
+        with open_engine(study, store, console, workers, machines) as engine:
             result = RunResult([], STAGES[0])
-            for stage, units in stages(context, memory, count):
+            for stage, units in stages(context, memory_of(engine, study), engine.slots):
                 if STAGES.index(stage) > STAGES.index(until):
                     break
                 try:
@@ -144,30 +144,6 @@ def preflight(study: Study) -> None:
 
 def _has_weights(folder: Path) -> bool:
     return any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))
-
-
-def default_workers(study: Study) -> int:
-    """Local processes: cores / threads; one where there is an accelerator, which several would have to share."""
-    from glottoscope.lm.checkpoints import choose_device
-
-    if choose_device(study.compute.device) != "cpu":
-        return 1
-    return max(1, (os.cpu_count() or 1) // study.compute.threads)
-
-
-def memory_budget(study: Study, workers: int) -> float:
-    """Bytes one process may use: compute.memory_gb, or four fifths of the memory (of a CUDA device: what is free there)
-    divided by the processes."""
-    if study.compute.memory_gb is not None:
-        return study.compute.memory_gb * 2**30
-    import torch
-
-    from glottoscope.lm.checkpoints import choose_device
-
-    if choose_device(study.compute.device) == "cuda":
-        # The plan counts the process's libraries, which lie in the host's memory.
-        return 0.8 * torch.cuda.mem_get_info()[0] / workers + PROCESS
-    return 0.8 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / workers
 
 
 def describe_run(study: Study) -> dict[str, Any]:
@@ -327,8 +303,18 @@ def _cell_units(
         size = -(-len(layers) // min(parts, len(layers)))
         for part in (layers[i : i + size] for i in range(0, len(layers), size)):
             arguments = (str(context.store.root), cell.model.name, cell.checkpoint.step, tuple(part))
-            units.append(Unit(_name(cell, part, context), function, arguments, len(part) * cell.model.shape.d_model))
+            need = unit_memory(context, cell, len(part))
+            units.append(Unit(_name(cell, part, context), function, arguments, len(part) * cell.model.shape.d_model, need))
     return sorted(units, key=lambda u: -u.weight)
+
+
+def unit_memory(context: Context, cell: Cell, layers: int) -> int:
+    """Bytes of the host's memory that a unit of a cell takes at most: with an accelerator, what loading the model takes."""
+    shape = cell.model.shape
+    assert shape is not None
+    if context.device().type == "cpu":
+        return train_memory(context.study, shape, layers)
+    return PROCESS + shape.n_params * BYTES
 
 
 def _is_chooser(context: Context, cell: Cell) -> bool:
@@ -381,6 +367,11 @@ def _report_units(context: Context) -> list[Unit]:
 
 
 # ---- housekeeping
+
+
+def at_work(root: Path) -> list[Sign]:
+    """Units at work in a run directory, wherever they run."""
+    return list(signs(RunStore(root).work_dir))
 
 
 class StageStatus(NamedTuple):

@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -269,6 +270,16 @@ class RunStore:
     @property
     def log_path(self) -> Path:
         return self.root / "log.jsonl"
+
+    @property
+    def work_dir(self) -> Path:
+        """Signs of life of the units at work; empty, or not there, while nothing runs."""
+        return self.root / "work"
+
+    def sign_path(self, unit: str) -> Path:
+        """Where a unit says that it is at work: a file name that any file system takes, another one for each unit."""
+        plain = re.sub(r"[^A-Za-z0-9._@+-]+", "_", unit)[:80]
+        return self.work_dir / f"{plain}-{digest(unit)[:8]}.json"
 
     # ---- what is complete
 

@@ -208,7 +208,8 @@ def _find_unknown(store: RunStore, named: list[Named], verdict: Verdict) -> None
         # Hidden folders hold training states, which check themselves when they are read.
         below[:] = sorted(x for x in below if not x.startswith("."))
         if folder == ".":
-            below[:] = [x for x in below if x != store.labels_path.parent.name]  # what people wrote is no result
+            # What people wrote, and what says which units are at work, is no result.
+            below[:] = [x for x in below if x not in (store.labels_path.parent.name, store.work_dir.name)]
         for name in sorted(files):
             path = name if folder == "." else f"{folder}/{name}"
             if name == "done.json" or name.startswith(TEMPORARY_PREFIX) or path in known or path in own:

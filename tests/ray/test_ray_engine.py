@@ -1,0 +1,227 @@
+"""A study on a real Ray cluster of two nodes: the bytes of a local run, whatever becomes of a node; all of it on loopback."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray_fixture as rays
+import tomli_w
+from rich.console import Console
+from study_fixture import BRIEF, as_study, contents, planted, run
+
+from glottoscope.errors import InputError
+from glottoscope.study import ray_engine
+from glottoscope.study.engine import Unit
+from glottoscope.study.engines import Machines
+from glottoscope.study.heartbeats import signs
+from glottoscope.study.ray_engine import RayEngine
+from glottoscope.study.runner import run_study
+from glottoscope.study.store import RunStore
+
+STUDY = planted(intervention=BRIEF, sae={"steps": 60, "batch_tokens": 2048, "n": 256})
+EVERYTHING = ("tables/*", "cells/**/*", "models/**/*", "rulers/**/*", "interventions/**/*", "report/**/*")
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Any]:
+    with rays.two_nodes() as found:
+        yield found
+
+
+@pytest.fixture(scope="session")
+def local(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Hashes of every result of the study on local processes."""
+    root = tmp_path_factory.mktemp("local") / "run"
+    run(STUDY, root, until="report")
+    return contents(root, EVERYTHING)
+
+
+def on_cluster(cluster: Any, root: Path) -> str:
+    """Run the study on the cluster; returns what it said."""
+    text = StringIO()
+    machines = Machines("ray", cluster.address, plain=True)
+    result = run_study(as_study(STUDY, root.parent), root, console=Console(file=text, width=200), machines=machines)
+    assert result.exit_code == 0, [f.message + f.details for f in result.failures]
+    return text.getvalue()
+
+
+def test_two_nodes_make_the_bytes_of_a_local_run_and_listen_on_loopback_only(
+    cluster: Any, local: dict[str, str], tmp_path: Path
+) -> None:
+    raylets = {rays.raylet(node) for node in cluster.list_all_nodes()}
+    assert len(raylets) == 2
+    heard: dict[str, int] = {}
+    used: set[int] = set()
+    ended = threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(0.05):
+            used.update(rays.parent_of(s.pid) for s in signs(tmp_path / "run" / "work"))
+            if not ended.wait(0.2):
+                heard.update(rays.listening(rays.descendants(os.getpid())))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        said = on_cluster(cluster, tmp_path / "run")
+    finally:
+        ended.set()
+        watcher.join()
+    assert "2 node(s), 2 unit(s) at once" in said
+    assert contents(tmp_path / "run", EVERYTHING) == local
+    assert raylets <= used, "one of the nodes did nothing"
+    assert heard, "a cluster that listens nowhere was not looked at"
+    assert set(heard) <= rays.LOOPBACK, heard
+
+
+def test_a_raylet_killed_in_the_middle_changes_nothing(cluster: Any, local: dict[str, str], tmp_path: Path) -> None:
+    store = RunStore(tmp_path / "run")
+    victim = next(n for n in cluster.list_all_nodes() if n is not cluster.head_node)
+    killed: list[str] = []
+
+    def kill() -> None:
+        def at_work() -> Any:
+            found = [s for s in signs(store.work_dir) if s.stage == "train" and rays.parent_of(s.pid) == rays.raylet(victim)]
+            return found[0] if found else None
+
+        sign = rays.wait_for(at_work)
+        rays.kill_raylet(victim)
+        killed.append(sign.unit)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    try:
+        on_cluster(cluster, store.root)
+    finally:
+        killer.join()
+        cluster.remove_node(victim, allow_graceful=False)
+        rays.add_node(cluster)
+    assert len(killed) == 1
+    assert contents(store.root, EVERYTHING) == local
+    assert not store.work_dir.exists()
+
+
+def test_an_interrupted_run_stops_its_units_and_goes_on(cluster: Any, local: dict[str, str], tmp_path: Path) -> None:
+    study, store = tmp_path / "study.toml", RunStore(tmp_path / "run")
+    study.write_text(tomli_w.dumps(STUDY), encoding="utf-8")
+    command = [sys.executable, "-m", "glottoscope.cli", "run", str(study), "--out", str(store.root)]
+    command += ["--engine", "ray", "--address", cluster.address]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        found = rays.wait_for(lambda: process.poll() is not None or [s for s in signs(store.work_dir) if s.stage == "train"])
+        assert found is not True, process.communicate()
+        workers = {s.pid for s in found}
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "interrupted; the same command continues" in errors and "Traceback" not in errors
+    assert list(signs(store.work_dir)) == []
+    assert workers
+    on_cluster(cluster, store.root)
+    assert contents(store.root, EVERYTHING) == local
+
+
+def make_file(root: str, name: str, report: Any) -> None:
+    (Path(root) / name).write_text(str(os.getppid()), encoding="utf-8")
+
+
+def kill_oneself(root: str, report: Any) -> None:
+    """The first try is killed, the second is not."""
+    path = Path(root) / "tried"
+    if not path.exists():
+        path.write_text("", encoding="utf-8")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fail(root: str, report: Any) -> None:
+    with open(Path(root) / "tries", "a", encoding="utf-8") as handle:
+        handle.write("x")
+    raise ValueError("a defect")
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> RunStore:
+    """A run directory with nothing in it but its identity."""
+    store = RunStore(tmp_path / "run")
+    store.create(as_study(STUDY, tmp_path), {})
+    return store
+
+
+def test_lost_processes_are_tried_again_and_failures_are_not(cluster: Any, store: RunStore) -> None:
+    root = str(store.root)
+    units = [Unit("killed", kill_oneself, (root,)), Unit("fails", fail, (root,))]
+    units += [Unit(f"file {i}", make_file, (root, str(i))) for i in range(4)]
+    units.append(Unit("giant", make_file, (root, "giant"), memory=2**60))
+    with RayEngine(store, 1, Console(file=StringIO()), address=cluster.address) as engine:
+        assert engine.slots == 2 and (engine.memory_per_unit() or 0) > 2**20
+        outcome = engine.run("train", units)
+    assert len(outcome.failures) == 2, [f.message for f in outcome.failures]
+    assert sorted(outcome.done) == ["file 0", "file 1", "file 2", "file 3", "killed"]
+    failures = {f.unit: f for f in outcome.failures}
+    assert failures["fails"].message == "ValueError: a defect" and not failures["fails"].bad_input
+    assert (store.root / "tries").read_text(encoding="utf-8") == "x"
+    assert "the largest node offers" in failures["giant"].message and failures["giant"].bad_input
+    assert not (store.root / "giant").exists()
+
+
+def test_a_cluster_started_here_listens_on_loopback_and_is_gone_after(cluster: Any, store: RunStore) -> None:
+    before = rays.descendants(os.getpid())
+    root = str(store.root)
+    with RayEngine(store, 1, Console(file=StringIO()), workers=1) as engine:
+        assert engine.run("train", [Unit(f"file {i}", make_file, (root, str(i))) for i in range(3)]).failures == []
+        started = rays.descendants(os.getpid()) - before
+        heard = rays.listening(started)
+        folder = Path(engine._folder or "")
+        assert folder.is_dir() and len(str(folder)) < 20
+    assert heard and set(heard) <= rays.LOOPBACK, heard
+    assert not folder.exists()
+    rays.wait_for(lambda: not {p for p in started if Path(f"/proc/{p}").exists() and rays.parent_of(p) == os.getpid()}, 30)
+
+
+def complaint(store: RunStore, address: str | None) -> str:
+    with pytest.raises(InputError) as caught, RayEngine(store, 1, Console(file=StringIO()), address=address):
+        pass
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("address", "words"),
+    [
+        ("127.0.0.1:1", "no Ray cluster answers there"),
+        ("127.0.0.1", "give HOST:PORT"),
+        ("ray://127.0.0.1:1", "run on a node of the cluster"),
+        ("127.0.0.1:99999", "no Ray cluster answers there"),
+    ],
+)
+def test_no_cluster_there_is_one_line(store: RunStore, address: str, words: str) -> None:
+    assert words in complaint(store, address)
+
+
+def test_nodes_that_cannot_do_the_work_are_one_line(
+    cluster: Any, store: RunStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = ray_engine.describe_node
+    with pytest.raises(InputError, match="no node of the Ray cluster has 8 CPU"):
+        RayEngine(store, 8, Console(file=StringIO()), address=cluster.address).start()
+
+    def other_torch(root: str | None) -> dict[str, Any]:
+        found = own(root)
+        return {**found, "versions": {**found["versions"], "torch": "0.1"}}
+
+    monkeypatch.setattr(ray_engine, "describe_node", other_torch)
+    assert "and this process has 0.1: use the same environment on all nodes" in complaint(store, cluster.address)
+
+    def elsewhere(root: str | None) -> dict[str, Any]:
+        return {**own(root), "manifest": "another"}
+
+    monkeypatch.setattr(ray_engine, "describe_node", elsewhere)
+    assert "all nodes need one shared folder" in complaint(store, cluster.address)
