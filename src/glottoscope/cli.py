@@ -116,6 +116,10 @@ def run(
     set_: SetOption = [],  # noqa: B006 - typer wants a list
     until: Annotated[str, typer.Option(help="Last stage: pretrain, tokens, train, features, score, intervene, report.")] = "report",
     workers: Workers = None,
+    scale: Annotated[
+        str | None,
+        typer.Option(metavar="tiny", help="Random models of 1/16 width and planted text in the place of the study's: a rehearsal."),
+    ] = None,
 ) -> None:
     """Run a study, or continue one: complete stages are not run again, changed settings redo only what depends on them."""
     from glottoscope.study.config import STAGES
@@ -124,6 +128,12 @@ def run(
     if until not in STAGES:
         raise InputError(f"--until {until}: unknown stage; choose one of {', '.join(STAGES)}")
     study = load_study(study_file, set_)
+    if scale is not None:
+        from glottoscope.study.scaling import scale_study, write_scaled
+
+        out = out or Path("runs") / f"{study.study.name}-{scale}"
+        study = scale_study(study, scale, out)
+        write_scaled(study, _console())
     _run(study, out or Path("runs") / study.study.name, until, workers)
 
 
