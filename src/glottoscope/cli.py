@@ -99,14 +99,23 @@ def plan(
     study_file: StudyFile,
     set_: SetOption = [],  # noqa: B006 - typer wants a list
     device_flops: Annotated[
-        float | None, typer.Option(help="Speed of the device in FLOP/s, for the time. Default: measured on this CPU.")
+        float | None, typer.Option(min=1.0, help="Speed of the device in FLOP/s, for the time. Default: as calibrated, or a guess.")
     ] = None,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Measure this machine at the study's shapes first (half a minute), and keep it.")
+    ] = False,
+    workers: Workers = None,
+    out: Annotated[Path | None, typer.Option(help="Run directory, to see whether its disk is large enough.")] = None,
 ) -> None:
-    """Say what a study amounts to before anything runs: cells, setups, memory, disk, FLOPs, time."""
+    """Say what a study amounts to before anything runs: cells, setups, memory, disk, FLOPs, time by stage.
+
+    It reads no weights and uses no network.
+    """
     from glottoscope.study.load import load_study
     from glottoscope.study.planning import print_plan
 
-    print_plan(load_study(study_file, set_), device_flops, _console(sys.stdout))
+    study, console = load_study(study_file, set_), _console(sys.stdout)
+    print_plan(study, device_flops, console, workers=workers, calibrated=calibrate, out=out)
 
 
 @app.command(epilog="Example: `glottoscope run study.toml --out runs/mine --set sae.k=16 --until features`")
@@ -307,11 +316,13 @@ def clean(
 
 def _run(study: Study, out: Path, until: str, workers: int | None) -> None:
     from glottoscope.study.engine import stop_on_sigterm
+    from glottoscope.study.planning import announce
     from glottoscope.study.runner import run_study
 
     stop_on_sigterm()
     console = _console()
     console.print(f"study [bold]{study.study.name}[/bold] -> {out}")
+    announce(study, out, workers, console)
     result = run_study(study, out, until=until, workers=workers, console=console)
     if result.exit_code:
         raise typer.Exit(result.exit_code)

@@ -318,9 +318,9 @@ def cost_of(study: Study, run: ModelRun, memory: float) -> Cost:
     cells, setups = len(run.checkpoints), len(run.checkpoints) * len(layers) * len(sae.seeds)
     body = shape.n_params - 2 * shape.vocab_size * shape.d_model  # blocks only: no head, embeddings are look-ups
     passes = len(groups)
-    epoch = _tokens(study, "train")
+    epoch = split_tokens(study, "train")
     train_pass = min(tokens, epoch) if epoch is not None and epoch <= sae.buffer_tokens else tokens
-    test = _tokens(study, "test") or tokens // 10
+    test = split_tokens(study, "test") or tokens // 10
     lm_flops = 2.0 * body * (train_pass * passes + 2 * test) * cells
     if isinstance(run.spec, PretrainModel) and run.lm == run.name:
         lm_flops += (
@@ -342,7 +342,8 @@ def cost_of(study: Study, run: ModelRun, memory: float) -> Cost:
     return Cost(cells, setups, parameters, peak, disk, lm_flops, sae_flops, tokens, passes)
 
 
-def _tokens(study: Study, split: str) -> int | None:
+def split_tokens(study: Study, split: str) -> int | None:
+    """Tokens of a split, as far as the study says."""
     corpus = study.corpus
     if isinstance(corpus, TextCorpus):
         return getattr(corpus, f"{split}_tokens")
