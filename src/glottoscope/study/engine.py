@@ -11,6 +11,7 @@ import json
 import multiprocessing
 import os
 import queue
+import resource
 import signal
 import sys
 import threading
@@ -58,6 +59,7 @@ class Outcome:
     done: list[str] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
     seconds: float = 0.0
+    peaks: dict[str, int] = field(default_factory=dict)  # unit -> bytes, see `peak_rss`
 
 
 _messages: Any = None
@@ -102,8 +104,13 @@ def _send(unit: str, done: float, total: float, words: str) -> None:
     _messages.put((unit, done, total, words))
 
 
-def _run_unit(unit: Unit) -> Failure | None:
-    return _guard(unit, _send)
+def _run_unit(unit: Unit) -> tuple[Failure | None, int]:
+    return _guard(unit, _send), peak_rss()
+
+
+def peak_rss() -> int:
+    """Most resident bytes of this process so far. A process does several units: of the later ones it is an upper bound."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _guard(unit: Unit, report: Report) -> Failure | None:
@@ -189,11 +196,12 @@ class Engine:
         _prepare_process(self.threads, self.fast_matmul)
         for unit in units:
             failure = _guard(unit, view.update)
+            outcome.peaks[unit.name] = peak_rss()
             self._finish(unit, failure, view, outcome)
 
     def _run_pool(self, units: Sequence[Unit], view: _View, outcome: Outcome) -> None:
         pool = self._start()
-        waiting: dict[Future[Failure | None], Unit] = {pool.submit(_run_unit, u): u for u in units}
+        waiting: dict[Future[tuple[Failure | None, int]], Unit] = {pool.submit(_run_unit, u): u for u in units}
         while waiting:
             finished, _ = wait(waiting, timeout=0.25, return_when=FIRST_COMPLETED)
             while True:
@@ -204,7 +212,7 @@ class Engine:
             for future in finished:
                 unit = waiting.pop(future)
                 try:
-                    failure = future.result()
+                    failure, outcome.peaks[unit.name] = future.result()
                 except BrokenProcessPool:
                     failure = Failure(unit.name, "its process was killed (out of memory?)", False, "")
                     self._pool = None
@@ -225,7 +233,7 @@ class Engine:
             return
         record = {
             "time": round(time.time(), 1), "stage": stage, "seconds": round(outcome.seconds, 2), "done": len(outcome.done),
-            "failures": [f"{f.unit}: {f.message}" for f in outcome.failures],
+            "failures": [f"{f.unit}: {f.message}" for f in outcome.failures], "peak_rss": outcome.peaks,
         }  # fmt: skip
         with open(self._log, "a", encoding="utf-8") as handle:
             handle.write(json.dumps(record, ensure_ascii=False) + "\n")
