@@ -35,6 +35,7 @@ SetOption = Annotated[
     list[str],
     typer.Option("--set", metavar="KEY=VALUE", help="Change a field: sae.k=16, models.0.lr=1e-3. Repeatable."),
 ]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, change nothing.")]
 Workers = Annotated[int | None, typer.Option(min=1, help="Local processes. Default: cores / compute.threads.")]
 
 
@@ -61,6 +62,7 @@ def demo(
     out: Annotated[Path | None, typer.Option(help="Run directory. Default: runs/NAME.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the study, its text and its models.")] = 0,
     workers: Workers = None,
+    dry_run: DryRun = False,
 ) -> None:
     """Run the embedded study on the planted bilingual world, and say where its report is."""
     from glottoscope.study.load import parse_study, preset_text
@@ -72,7 +74,7 @@ def demo(
         preset_text(preset), name=preset, folder=Path.cwd(),
         overrides=[f"study.seed={seed}", f"corpus.seed={seed}", f'study.name="{name}"'],
     )  # fmt: skip
-    _run(study, out or Path("runs") / name, "report", workers)
+    _run(study, out or Path("runs") / name, "report", workers, dry_run=dry_run)
 
 
 @app.command(epilog="Example: `glottoscope init study.toml --preset text`")
@@ -129,6 +131,7 @@ def run(
         str | None,
         typer.Option(metavar="tiny", help="Random models of 1/16 width and planted text in the place of the study's: a rehearsal."),
     ] = None,
+    dry_run: DryRun = False,
 ) -> None:
     """Run a study, or continue one: complete stages are not run again, changed settings redo only what depends on them."""
     from glottoscope.study.config import STAGES
@@ -142,8 +145,13 @@ def run(
 
         out = out or Path("runs") / f"{study.study.name}-{scale}"
         study = scale_study(study, scale, out)
-        write_scaled(study, _console())
-    _run(study, out or Path("runs") / study.study.name, until, workers)
+        if dry_run and not (out / "scaled" / "done.json").exists():
+            from glottoscope.study.dry import dry_scaled
+
+            return dry_scaled(study, out, workers, _console(sys.stdout))
+        if not dry_run:
+            write_scaled(study, _console())
+    _run(study, out or Path("runs") / study.study.name, until, workers, dry_run=dry_run)
 
 
 @app.command(epilog="Example: `glottoscope status runs/planted`")
@@ -220,6 +228,7 @@ def intervene(
     name: Annotated[str, typer.Option(help="Name of these experiments in the table; another name keeps both.")] = "cli",
     set_: SetOption = [],  # noqa: B006
     workers: Workers = None,
+    dry_run: DryRun = False,
 ) -> None:
     """Add a part of a trained checkpoint's representation to an earlier one, with controls; loss and translation before and after.
 
@@ -246,6 +255,11 @@ def intervene(
     stop_on_sigterm()
     console = _console()
     config = settings_of(RunStore(run_dir), changes, set_)
+    if dry_run:
+        from glottoscope.study.dry import dry_intervene
+
+        dry_intervene(run_dir, config, name, _console(sys.stdout))
+        return
     held = None if comet is None else Comet(comet, comet_environment, comet_gpus, comet_batch)
     failures = run_interventions(run_dir, config, name=name, workers=workers, console=console, comet=held)
     if failures:
@@ -314,7 +328,12 @@ def clean(
     print(f"{len(removed)} item(s), {describe_memory(sum(size for _, size in removed))}")
 
 
-def _run(study: Study, out: Path, until: str, workers: int | None) -> None:
+def _run(study: Study, out: Path, until: str, workers: int | None, *, dry_run: bool = False) -> None:
+    if dry_run:
+        from glottoscope.study.dry import dry_run as say_what_would_be_done
+
+        say_what_would_be_done(study, out, until=until, workers=workers, console=_console(sys.stdout))
+        return
     from glottoscope.study.engine import stop_on_sigterm
     from glottoscope.study.planning import announce
     from glottoscope.study.runner import run_study

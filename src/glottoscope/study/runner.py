@@ -6,6 +6,7 @@ not run again; what changed is done anew, and what no setting refers to stays un
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 from collections.abc import Callable, Iterator, Sequence
@@ -420,7 +421,7 @@ def clean(root: Path, *, dry_run: bool = False) -> list[tuple[Path, int]]:
     """Remove what no setting of the study refers to: cells, layers, seeds, models and rulers; returns path and bytes."""
     store = RunStore(root)
     store.manifest()
-    with store.lock():
+    with contextlib.nullcontext() if dry_run else store.lock():
         context = Context.open(root)
         wanted = _wanted(context)
         removed = [(path, 0) for path in store.leftovers()]
