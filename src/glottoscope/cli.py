@@ -36,6 +36,7 @@ SetOption = Annotated[
     list[str],
     typer.Option("--set", metavar="KEY=VALUE", help="Change a field: sae.k=16, models.0.lr=1e-3. Repeatable."),
 ]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, change nothing.")]
 Workers = Annotated[int | None, typer.Option(min=1, help="Local processes. Default: cores / compute.threads.")]
 EngineOption = Annotated[str, typer.Option("--engine", help="local | ray (docs/cluster.md). It changes no number.")]
 Address = Annotated[
@@ -74,6 +75,7 @@ def demo(
     address: Address = None,
     pin: Pin = True,
     plain: Plain = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Run the embedded study on the planted bilingual world, and say where its report is."""
     from glottoscope.study.load import parse_study, preset_text
@@ -85,7 +87,7 @@ def demo(
         preset_text(preset), name=preset, folder=Path.cwd(),
         overrides=[f"study.seed={seed}", f"corpus.seed={seed}", f'study.name="{name}"'],
     )  # fmt: skip
-    _run(study, out or Path("runs") / name, "report", workers, _machines(engine, address, pin, plain))
+    _run(study, out or Path("runs") / name, "report", workers, _machines(engine, address, pin, plain), dry_run=dry_run)
 
 
 @app.command(epilog="Example: `glottoscope init study.toml --preset text`")
@@ -112,14 +114,23 @@ def plan(
     study_file: StudyFile,
     set_: SetOption = [],  # noqa: B006 - typer wants a list
     device_flops: Annotated[
-        float | None, typer.Option(help="Speed of the device in FLOP/s, for the time. Default: measured on this CPU.")
+        float | None, typer.Option(min=1.0, help="Speed of the device in FLOP/s, for the time. Default: as calibrated, or a guess.")
     ] = None,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Measure this machine at the study's shapes first (half a minute), and keep it.")
+    ] = False,
+    workers: Workers = None,
+    out: Annotated[Path | None, typer.Option(help="Run directory, to see whether its disk is large enough.")] = None,
 ) -> None:
-    """Say what a study amounts to before anything runs: cells, setups, memory, disk, FLOPs, time."""
+    """Say what a study amounts to before anything runs: cells, setups, memory, disk, FLOPs, time by stage.
+
+    It reads no weights and uses no network.
+    """
     from glottoscope.study.load import load_study
     from glottoscope.study.planning import print_plan
 
-    print_plan(load_study(study_file, set_), device_flops, _console(sys.stdout))
+    study, console = load_study(study_file, set_), _console(sys.stdout)
+    print_plan(study, device_flops, console, workers=workers, calibrated=calibrate, out=out)
 
 
 @app.command(epilog="Example: `glottoscope run study.toml --out runs/mine --set sae.k=16 --until features`")
@@ -133,6 +144,11 @@ def run(
     address: Address = None,
     pin: Pin = True,
     plain: Plain = False,
+    scale: Annotated[
+        str | None,
+        typer.Option(metavar="tiny", help="Random models of 1/16 width and planted text in the place of the study's: a rehearsal."),
+    ] = None,
+    dry_run: DryRun = False,
 ) -> None:
     """Run a study, or continue one: complete stages are not run again, changed settings redo only what depends on them."""
     from glottoscope.study.config import STAGES
@@ -141,7 +157,18 @@ def run(
     if until not in STAGES:
         raise InputError(f"--until {until}: unknown stage; choose one of {', '.join(STAGES)}")
     study = load_study(study_file, set_)
-    _run(study, out or Path("runs") / study.study.name, until, workers, _machines(engine, address, pin, plain))
+    if scale is not None:
+        from glottoscope.study.scaling import scale_study, write_scaled
+
+        out = out or Path("runs") / f"{study.study.name}-{scale}"
+        study = scale_study(study, scale, out)
+        if dry_run and not (out / "scaled" / "done.json").exists():
+            from glottoscope.study.dry import dry_scaled
+
+            return dry_scaled(study, out, workers, _console(sys.stdout))
+        if not dry_run:
+            write_scaled(study, _console())
+    _run(study, out or Path("runs") / study.study.name, until, workers, _machines(engine, address, pin, plain), dry_run=dry_run)
 
 
 @app.command(epilog="Example: `glottoscope status runs/planted`")
@@ -239,6 +266,7 @@ def intervene(
     address: Address = None,
     pin: Pin = True,
     plain: Plain = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Add a part of a trained checkpoint's representation to an earlier one, with controls; loss and translation before and after.
 
@@ -265,6 +293,11 @@ def intervene(
     stop_on_sigterm()
     console = _console()
     config = settings_of(RunStore(run_dir), changes, set_)
+    if dry_run:
+        from glottoscope.study.dry import dry_intervene
+
+        dry_intervene(run_dir, config, name, _console(sys.stdout))
+        return
     held = None if comet is None else Comet(comet, comet_environment, comet_gpus, comet_batch)
     machines = _machines(engine, address, pin, plain)
     failures = run_interventions(run_dir, config, name=name, workers=workers, console=console, comet=held, machines=machines)
@@ -449,13 +482,20 @@ def _machines(engine: str, address: str | None, pin: bool, plain: bool) -> Machi
     return Machines(engine, address, pin, plain).checked()  # pyright: ignore[reportArgumentType] - checked() says what is wrong
 
 
-def _run(study: Study, out: Path, until: str, workers: int | None, machines: Machines) -> None:
+def _run(study: Study, out: Path, until: str, workers: int | None, machines: Machines, *, dry_run: bool = False) -> None:
+    if dry_run:
+        from glottoscope.study.dry import dry_run as say_what_would_be_done
+
+        say_what_would_be_done(study, out, until=until, workers=workers, console=_console(sys.stdout))
+        return
     from glottoscope.study.engine import stop_on_sigterm
+    from glottoscope.study.planning import announce
     from glottoscope.study.runner import run_study
 
     stop_on_sigterm()
     console = _console()
     console.print(f"study [bold]{study.study.name}[/bold] -> {out}")
+    announce(study, out, workers, console)
     result = run_study(study, out, until=until, workers=workers, console=console, machines=machines)
     if result.exit_code:
         raise typer.Exit(result.exit_code)

@@ -64,6 +64,17 @@ class Compute(Part):
         description="A training's state is saved this often, from which a killed run goes on to the same bytes; 0: never. "
         "It changes no number.",
     )
+    hub: str | None = Field(
+        default=None,
+        description="Folder that stands for the hub of hub_id: OWNER/NAME/REVISION/ with the files. Default: the public one.",
+    )
+    remove_downloads: bool = Field(
+        default=False, description="Hub checkpoints are fetched for each unit that reads them, and removed once they are loaded."
+    )
+    disk_gb: PositiveFloat | None = Field(
+        default=None,
+        description="Hub checkpoints on disk at one time, in 10^9 bytes; what does not fit is not fetched. Default: what is free.",
+    )
 
     @field_validator("gpus_per_unit")
     @classmethod

@@ -111,6 +111,9 @@ def _resolve_paths(raw: dict[str, Any], folder: Path) -> None:
         tokenizer = corpus.get("tokenizer")
         if isinstance(tokenizer, str) and (tokenizer.startswith((".", "/", "~")) or (folder / tokenizer).exists()):
             corpus["tokenizer"] = absolute(str(Path(tokenizer).expanduser()), folder)
+    compute = raw.get("compute")
+    if isinstance(compute, dict) and "hub" in compute:
+        compute["hub"] = absolute(compute["hub"], folder)
     for model in _tables(raw.get("models")):
         if isinstance(model.get("root"), str):
             model["root"] = absolute(str(Path(model["root"]).expanduser()), folder)

@@ -131,18 +131,18 @@ def _pretrained(study: Study, spec: PretrainModel, seed: int) -> ModelRun:
     name = spec.name if seed == 0 else f"{spec.name}-s{seed}"
     context = study.corpus.context_length
     vocabulary = _vocabulary(study)
-    d, mlp = spec.d_model, mlp_width(spec.d_model)
-    block = 4 * d * d + 3 * d * mlp + 2 * d
-    shape = Shape(
-        n_layers=spec.n_layers,
-        d_model=d,
-        vocab_size=vocabulary,
-        n_params=2 * vocabulary * d + spec.n_layers * block + d,
-    )
+    shape = llama_shape(spec.d_model, spec.n_layers, vocabulary)
     checkpoints = tuple(CheckpointRef(s, s * spec.batch_size * context) for s in spec.checkpoints)
     layers = _layers(spec.layers or study.layers, shape.n_layers, name)
     family = spec.family or study.study.name
     return ModelRun(name, name, family, spec.control, seed, spec, shape, checkpoints, layers)
+
+
+def llama_shape(d_model: int, n_layers: int, vocabulary: int) -> Shape:
+    """Size of an untied Llama as lm.pretrain builds it."""
+    block = 4 * d_model * d_model + 3 * d_model * mlp_width(d_model) + 2 * d_model
+    n_params = 2 * vocabulary * d_model + n_layers * block + d_model
+    return Shape(n_layers=n_layers, d_model=d_model, vocab_size=vocabulary, n_params=n_params)
 
 
 def mlp_width(d_model: int) -> int:
@@ -318,9 +318,9 @@ def cost_of(study: Study, run: ModelRun, memory: float) -> Cost:
     cells, setups = len(run.checkpoints), len(run.checkpoints) * len(layers) * len(sae.seeds)
     body = shape.n_params - 2 * shape.vocab_size * shape.d_model  # blocks only: no head, embeddings are look-ups
     passes = len(groups)
-    epoch = _tokens(study, "train")
+    epoch = split_tokens(study, "train")
     train_pass = min(tokens, epoch) if epoch is not None and epoch <= sae.buffer_tokens else tokens
-    test = _tokens(study, "test") or tokens // 10
+    test = split_tokens(study, "test") or tokens // 10
     lm_flops = 2.0 * body * (train_pass * passes + 2 * test) * cells
     if isinstance(run.spec, PretrainModel) and run.lm == run.name:
         lm_flops += (
@@ -342,7 +342,8 @@ def cost_of(study: Study, run: ModelRun, memory: float) -> Cost:
     return Cost(cells, setups, parameters, peak, disk, lm_flops, sae_flops, tokens, passes)
 
 
-def _tokens(study: Study, split: str) -> int | None:
+def split_tokens(study: Study, split: str) -> int | None:
+    """Tokens of a split, as far as the study says."""
     corpus = study.corpus
     if isinstance(corpus, TextCorpus):
         return getattr(corpus, f"{split}_tokens")

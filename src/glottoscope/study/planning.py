@@ -1,19 +1,24 @@
-"""`glottoscope plan`: the cost of a study, printed before anything runs."""
+"""`glottoscope plan`: the cost of a study, printed before anything runs, and warnings where it cannot fit."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from glottoscope.study.config import Study
-from glottoscope.study.plan import Cost, ModelRun, describe_memory, describe_time, summary, train_memory
-
-# Share of the speed of a large matrix product that training reached when it was measured on a CPU: a rough figure.
-EFFICIENCY = 0.4
+from glottoscope.errors import InputError
+from glottoscope.study.calibration import cached, calibrate, device_of, rates_of
+from glottoscope.study.config import CheckpointModel, Study
+from glottoscope.study.plan import BYTES, PROCESS, Cost, ModelRun, describe_memory, describe_time, summary, train_memory
+from glottoscope.study.rates import EFFICIENCY, Rates
+from glottoscope.study.times import TIMED, Units, makespan, times, total
 
 
 def machine_memory() -> int:
@@ -39,64 +44,204 @@ def one_layer(study: Study, run: ModelRun) -> int:
     return train_memory(study, run.shape, 1)
 
 
-def print_plan(study: Study, device_flops: float | None, console: Console) -> None:
-    """Print cells, setups, memory, disk, FLOPs and time of every model, and of the whole study."""
+def workers_of(study: Study, workers: int | None) -> int:
+    """Local processes of a run, as far as it can be told without torch."""
+    if workers is not None:
+        return workers
+    return max(1, (os.cpu_count() or 1) // study.compute.threads) if device_of(study) == "cpu" else 1
+
+
+class Forecast(NamedTuple):
+    """What a study amounts to on this machine."""
+
+    rows: list[tuple[ModelRun, Cost | None]]
+    units: list[Units]
+    rates: Rates
+    workers: int
+
+    @property
+    def peak(self) -> int:
+        """Bytes of the largest process."""
+        return max((cost.memory for _, cost in self.rows if cost is not None), default=0)
+
+    @property
+    def disk(self) -> int:
+        """Bytes of the run directory."""
+        return sum(cost.disk for _, cost in self.rows if cost is not None)
+
+    @property
+    def seconds(self) -> float:
+        return total(self.units, self.workers)
+
+
+def forecast(study: Study, rates: Rates, workers: int) -> Forecast:
+    """The cost of every model and the time of every stage.
+
+    Raises:
+        InputError: not even one layer fits compute.memory_gb; what `expand` raises.
+    """
     memory = study.compute.memory_gb * 2**30 if study.compute.memory_gb is not None else float("inf")
     rows = summary(study, memory)
-    speed = device_flops or cpu_flops()
+    return Forecast(rows, times(study, [run for run, _ in rows], rates, memory, workers), rates, workers)
+
+
+def known_rates(study: Study, workers: int) -> Rates | None:
+    """Rates that an earlier calibration of this machine left; None where there was none."""
+    return rates_of(cached(study, workers), 1e11, study)
+
+
+def print_plan(
+    study: Study, device_flops: float | None, console: Console, *, workers: int | None = None, calibrated: bool = False,
+    out: Path | None = None,
+) -> None:  # fmt: skip
+    """Print what every model costs, what every stage takes, and what cannot fit.
+
+    Args:
+        device_flops: FLOP/s as stated; None: an earlier calibration's speed, else a short measurement of this CPU.
+        calibrated: calibrate first (up to half a minute).
+        out: run directory whose disk is looked at.
+    """
+    count = workers_of(study, workers)
+    if calibrated:
+        with console.status("calibrating: about half a minute"):
+            calibrate(study, count)
+    if device_flops is not None:
+        rates = Rates(device_flops)
+    else:
+        rates = known_rates(study, count) or Rates(cpu_flops(), words="measured on this CPU for a moment")
+    found = forecast(study, rates, count)
+    console.print(_models(study, found))
+    console.print(_stages(found))
+    _explain(study, found, console)
+    for line in warnings(study, found, out):
+        console.print(line, style="yellow", markup=False)
+
+
+def _models(study: Study, found: Forecast) -> Table:
     table = Table(title=f"{study.study.name}: k = {study.sae.k}, {study.sae.n_steps:,} SAE steps of "
                   f"{study.sae.batch_tokens:,} tokens", title_justify="left")  # fmt: skip
-    for name in (
-        "model",
-        "control",
-        "cells",
-        "layers",
-        "setups",
-        "SAE n",
-        "memory",
-        "one layer",
-        "disk",
-        "FLOPs LM",
-        "FLOPs SAE",
-        "time",
-    ):
+    for name in ("model", "control", "cells", "layers", "setups", "groups", "SAE n", "memory", "one layer", "disk", "FLOPs LM",
+                 "FLOPs SAE", "a cell", "time"):  # fmt: skip
         table.add_column(name, justify="left" if name in ("model", "control") else "right")
-    totals = [0, 0, 0, 0.0, 0.0]
-    peak = 0
-    for run, cost in rows:
+    costs = [cost for _, cost in found.rows if cost is not None]
+    for run, cost in found.rows:
         if cost is None:
-            table.add_row(run.name, run.control, str(len(run.checkpoints)), "?", "?", "", "", "", "", "", "", "size unknown")
+            table.add_row(run.name, run.control, str(len(run.checkpoints)), *["?"] * 3, *[""] * 7, "size unknown")
             continue
-        seconds = (cost.lm_flops + cost.sae_flops) / (speed * EFFICIENCY)
+        own = [u for u in found.units if u.model == run.name]
+        cells = sum(u.count * u.seconds for u in own if u.stage in ("train", "features", "score")) / cost.cells
         n = study.sae.n_features(run.shape.d_model) if run.shape else 0
         table.add_row(
-            run.name, run.control, str(cost.cells), str(len(run.known_layers())), f"{cost.setups:,}", f"{n:,}",
+            run.name, run.control, str(cost.cells), str(len(run.known_layers())), f"{cost.setups:,}", str(cost.groups), f"{n:,}",
             describe_memory(cost.memory), describe_memory(one_layer(study, run)), describe_memory(cost.disk),
-            f"{cost.lm_flops:.1e}", f"{cost.sae_flops:.1e}",
-            describe_time(seconds),
+            f"{cost.lm_flops:.1e}", f"{cost.sae_flops:.1e}", describe_time(cells), describe_time(total(own, found.workers)),
         )  # fmt: skip
-        totals = [t + v for t, v in zip(totals, (cost.cells, cost.setups, cost.disk, cost.lm_flops, cost.sae_flops), strict=True)]
-        peak = max(peak, cost.memory)
-    seconds = (totals[3] + totals[4]) / (speed * EFFICIENCY)
     table.add_section()
-    table.add_row("total", "", f"{totals[0]:,}", "", f"{totals[1]:,}", "", describe_memory(peak), "", describe_memory(totals[2]),
-                  f"{totals[3]:.1e}", f"{totals[4]:.1e}", describe_time(seconds))  # fmt: skip
-    console.print(table)
-    source = "as stated" if device_flops else "measured on this CPU, one process on all its cores"
-    console.print(f"Time: at {speed:.2e} FLOP/s ({source}) and {EFFICIENCY:.0%} of it; a rough figure, within a factor of 2 or 3.")
-    console.print(
-        "Memory: peak of one process with all layers of a cell at once; with compute.memory_gb, layers go in groups that fit."
-    )
-    _warn(rows, peak, study, console)
+    table.add_row(
+        "total", "", f"{sum(c.cells for c in costs):,}", "", f"{sum(c.setups for c in costs):,}", "", "",
+        describe_memory(found.peak), "", describe_memory(found.disk), f"{sum(c.lm_flops for c in costs):.1e}",
+        f"{sum(c.sae_flops for c in costs):.1e}", "", describe_time(found.seconds),
+    )  # fmt: skip
+    return table
 
 
-def _warn(rows: list[tuple[ModelRun, Cost | None]], peak: int, study: Study, console: Console) -> None:
-    have = machine_memory()
-    if peak > have and study.compute.memory_gb is None:
+def _stages(found: Forecast) -> Table:
+    table = Table(title=f"by stage, {found.workers} worker(s)", title_justify="left")
+    for name in ("stage", "units", "longest unit", "time"):
+        table.add_column(name, justify="left" if name == "stage" else "right")
+    for stage in TIMED:
+        if own := [u for u in found.units if u.stage == stage]:
+            longest = describe_time(max(u.seconds for u in own))
+            table.add_row(stage, f"{sum(u.count for u in own):,}", longest, describe_time(makespan(own, found.workers)))
+    return table
+
+
+def _explain(study: Study, found: Forecast, console: Console) -> None:
+    if found.rates.is_measured:
+        console.print("Time: from a calibration of this machine with the code that will run; free cores are taken for granted.")
+    else:
         console.print(
-            f"[yellow]This machine has {describe_memory(have)}: set compute.memory_gb, and layers are trained in groups.[/yellow]"
+            f"Time: at {found.rates.flops:.2e} FLOP/s ({found.rates.words}) and {EFFICIENCY:.0%} of it; a rough figure, within a "
+            "factor of 2 or 3. `--calibrate` measures instead (half a minute)."
         )
-    if any(cost is None for _, cost in rows):
+    if study.compute.memory_gb is None:
         console.print(
-            "[yellow]Give [[models.shape]] of models whose size is unknown, or their weights, to see their cost.[/yellow]"
+            "Memory: peak of one process with all layers of a cell at once; with compute.memory_gb, layers go in groups that fit."
         )
+    else:
+        console.print("Memory: peak of one process; groups: language model passes of a cell, as many as compute.memory_gb needs.")
+
+
+def warnings(study: Study, found: Forecast, out: Path | None) -> list[str]:
+    """What cannot fit: memory of all processes, the accelerator's, and the disk of the run directory."""
+    lines, have = [], machine_memory()
+    known = [run for run, cost in found.rows if cost is not None]
+    least = max((one_layer(study, run) for run in known), default=0)
+    if least > have:
+        lines.append(f"This machine has {describe_memory(have)} and one layer needs {describe_memory(least)}: lower sae.n or "
+                     "sae.buffer_tokens, or take a larger machine.")  # fmt: skip
+    elif found.peak > have and study.compute.memory_gb is None:
+        lines.append(f"This machine has {describe_memory(have)}: set compute.memory_gb, and layers are trained in groups.")
+    elif found.peak * found.workers > have:
+        lines.append(f"{found.workers} workers need up to {describe_memory(found.peak * found.workers)} and this machine has "
+                     f"{describe_memory(have)}: fewer --workers, or a lower compute.memory_gb.")  # fmt: skip
+    if device_of(study) == "cuda" and (free := _gpu_memory()) is not None and least - PROCESS > free:
+        lines.append(f"The GPU has {describe_memory(free)} free and one layer needs {describe_memory(least - PROCESS)}.")
+    place = out or Path()
+    while not place.exists():
+        place = place.parent
+    free, need = shutil.disk_usage(place).free, found.disk + downloads(study, known)
+    if need > free:
+        lines.append(f"The run directory grows to about {describe_memory(need)} and {place} has {describe_memory(free)} free: "
+                     "choose another --out.")  # fmt: skip
+    lines += _too_large(study, known)
+    if any(cost is None for _, cost in found.rows):
+        lines.append("Give [[models.shape]] of models whose size is unknown, or their weights, to see their cost.")
+    return lines
+
+
+def _hub_bytes(study: Study, run: ModelRun) -> int:
+    """Bytes of one checkpoint of a hub, half precision assumed; 0 for others."""
+    from_hub = isinstance(run.spec, CheckpointModel) and run.spec.hub_id is not None and run.shape is not None
+    return run.shape.n_params * BYTES // 2 if from_hub and run.shape is not None else 0
+
+
+def downloads(study: Study, runs: Sequence[ModelRun]) -> int:
+    """Bytes that hub checkpoints take at the most."""
+    sizes = [_hub_bytes(study, run) for run in runs]
+    if study.compute.remove_downloads:
+        return max(sizes, default=0)
+    return sum(size * len(run.checkpoints) for size, run in zip(sizes, runs, strict=True))
+
+
+def _too_large(study: Study, runs: Sequence[ModelRun]) -> list[str]:
+    budget = study.compute.disk_gb
+    if budget is None:
+        return []
+    if large := [run.name for run in runs if _hub_bytes(study, run) > budget * 1e9]:
+        return [f"A checkpoint of {', '.join(large)} does not fit compute.disk_gb = {budget:g}: its cells will fail."]
+    if not study.compute.remove_downloads and downloads(study, runs) > budget * 1e9:
+        return [f"The checkpoints do not fit compute.disk_gb = {budget:g} together: set compute.remove_downloads = true."]
+    return []
+
+
+def _gpu_memory() -> int | None:
+    import torch
+
+    return int(torch.cuda.mem_get_info()[0]) if torch.cuda.is_available() else None
+
+
+def announce(study: Study, out: Path, workers: int | None, console: Console) -> None:
+    """The first lines of a run: how long it will take where this machine was calibrated, and what cannot fit."""
+    count = workers_of(study, workers)
+    rates = known_rates(study, count)
+    try:
+        found = forecast(study, rates or Rates(1e11), count)
+    except InputError:
+        return  # said by the run itself
+    if rates is not None and found.units:
+        console.print(f"planned: {describe_time(found.seconds)} from nothing with {count} worker(s), "
+                      f"{describe_memory(found.peak)} a process, {describe_memory(found.disk)} on disk")  # fmt: skip
+    for line in warnings(study, found, out):
+        if "whose size is unknown" not in line:
+            console.print(line, style="yellow", markup=False)

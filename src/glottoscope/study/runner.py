@@ -6,6 +6,7 @@ not run again; what changed is done anew, and what no setting refers to stays un
 
 from __future__ import annotations
 
+import contextlib
 import platform
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -77,6 +78,8 @@ def run_study(
         for path in store.leftovers():
             store.remove(path)
         context = Context(store.study(), store)
+        if context.downloads is not None:
+            context.downloads.clear()  # what a killed process fetched
         if isinstance(study.corpus, TextCorpus):
             store.record_sources({str(corpus_path(study.corpus, p)): h for p, h in context.source_hashes.items()})
         with open_engine(study, store, console, workers, machines) as engine:
@@ -111,11 +114,16 @@ def preflight(study: Study) -> None:
             place = corpus_path(study.corpus, path)
             if not place.exists() and not list(place.parent.glob(place.name)):
                 raise InputError(f"{place}: no such file, folder or glob (corpus of the study; set corpus.root?)")
+    from glottoscope.lm.hub import FolderHub
     from glottoscope.study.plan import cost_of, expand
 
     for run in expand(study):
         for ref in run.checkpoints:
-            if ref.path is not None and getattr(run.spec, "hub_id", None) is None and not Path(ref.path).is_dir():
+            if ref.path is not None and getattr(run.spec, "hub_id", None) is not None:
+                if study.compute.hub is not None:
+                    FolderHub(study.compute.hub).sizes(ref.path, ref.revision or "main")
+                continue
+            if ref.path is not None and not Path(ref.path).is_dir():
                 raise InputError(f"model {run.name}: no checkpoint folder {ref.path} (step {ref.step})")
             if ref.path is not None and Path(ref.path).is_dir() and not _has_weights(Path(ref.path)):
                 raise InputError(f"model {run.name}: {ref.path} holds no weights (*.safetensors or *.bin)")
@@ -415,7 +423,7 @@ def clean(root: Path, *, dry_run: bool = False) -> list[tuple[Path, int]]:
     """Remove what no setting of the study refers to: cells, layers, seeds, models and rulers; returns path and bytes."""
     store = RunStore(root)
     store.manifest()
-    with store.lock():
+    with contextlib.nullcontext() if dry_run else store.lock():
         context = Context.open(root)
         wanted = _wanted(context)
         removed = [(path, 0) for path in store.leftovers()]

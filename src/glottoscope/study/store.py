@@ -188,6 +188,16 @@ class RunStore:
         return self.model_dir(model) / RESUME_FOLDER
 
     @property
+    def downloads_dir(self) -> Path:
+        """Hidden folder of what is fetched from a hub: the study's inputs, no results of it."""
+        return self.root / ".downloads"
+
+    @property
+    def scaled_dir(self) -> Path:
+        """What `--scale tiny` puts in the place of a study's text and models."""
+        return self.root / "scaled"
+
+    @property
     def tokens_dir(self) -> Path:
         return self.root / "tokens"
 

@@ -6,9 +6,10 @@ and a version number per stage that is raised when its code changes what it writ
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
     from glottoscope.corpus.planted import PlantedWorld
     from glottoscope.corpus.tokens import TokenBlocks
+    from glottoscope.lm.checkpoints import Checkpoint
+    from glottoscope.lm.hub import Downloads, What
 
 # Raised when a stage's code changes what it writes: artefacts of older code are then made again.
 WORLD_VERSION = 1  # of the planted world: its grammar, words and draws
@@ -88,13 +91,12 @@ class Context:
         # What config.json alone says is enough to plan; n_params of the tables is counted.
         if isinstance(run.spec, PretrainModel) or run.spec.shape is not None:
             return run
-        from dataclasses import replace
-
         from glottoscope.lm.checkpoints import describe
         from glottoscope.study.config import Shape
         from glottoscope.study.plan import _layers
 
-        found = describe(self.lm_checkpoint(run, run.final))
+        with self.at_hand(self.lm_checkpoint(run, run.final), "config") as checkpoint:
+            found = describe(checkpoint)
         shape = Shape(n_layers=found.n_layers, d_model=found.d_model, n_params=found.n_params, vocab_size=found.vocab_size)
         return replace(run, shape=shape, layers=_layers(run.spec.layers or self.study.layers, shape.n_layers, run.name))
 
@@ -127,10 +129,32 @@ class Context:
         from glottoscope.lm.checkpoints import choose_device, load_lm, shuffle_weights
 
         compute = self.study.compute
-        model = load_lm(self.lm_checkpoint(cell.model, cell.checkpoint), device=choose_device(compute.device), dtype=compute.dtype)
+        with self.at_hand(self.lm_checkpoint(cell.model, cell.checkpoint)) as checkpoint:
+            model = load_lm(checkpoint, device=choose_device(compute.device), dtype=compute.dtype)
         if cell.model.control == "shuffled":
             shuffle_weights(model, seed_for(self.study, "shuffle", cell.model.lm))
         return model
+
+    @cached_property
+    def downloads(self) -> Downloads | None:
+        """Where hub checkpoints are fetched to; None: huggingface_hub's own cache keeps them."""
+        from glottoscope.lm.hub import Downloads, FolderHub, PublicHub
+
+        compute = self.study.compute
+        if compute.hub is None and compute.disk_gb is None and not compute.remove_downloads:
+            return None
+        hub = PublicHub() if compute.hub is None else FolderHub(compute.hub)
+        budget = None if compute.disk_gb is None else compute.disk_gb * 1e9
+        return Downloads(self.store.downloads_dir, hub, budget=budget, remove=compute.remove_downloads)
+
+    @contextlib.contextmanager
+    def at_hand(self, checkpoint: Checkpoint, what: What = "model") -> Iterator[Checkpoint]:
+        """The checkpoint on this machine's disk for the length of the block; what comes from a hub may be gone after it."""
+        if checkpoint.is_local or self.downloads is None:
+            yield checkpoint
+            return
+        with self.downloads.held(checkpoint.path, checkpoint.revision, what) as folder:
+            yield replace(checkpoint, path=str(folder), revision=None)
 
     def device(self) -> torch.device:
         import torch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -53,18 +54,23 @@ def make_tokenizer(root: str, report: Any) -> None:
         texts = (document.text for document in _balanced(context, corpus, report))
         train_tokenizer(texts, folder, vocab_size=corpus.tokenizer_training.vocab_size)
     else:
-        from glottoscope.lm.checkpoints import load_tokenizer
-
-        path, revision = tokenizer_source(context)
-        tokenizer = load_tokenizer(path, revision)
-        _check_one_tokenizer(context, tokenizer, load_tokenizer)
-        with atomic_path(folder) as temporary:
+        # Saving copies files of the place it was loaded from, so that must still be there.
+        with _loaded(context, *tokenizer_source(context)) as tokenizer, atomic_path(folder) as temporary:
+            _check_one_tokenizer(context, tokenizer)
             tokenizer.save_pretrained(str(temporary))
     files = sorted(p.name for p in folder.iterdir() if p.is_file() and p.name != "done.json")
     context.store.mark_done(folder, "tokenizer", context.tokenizer_key, {}, files)
 
 
-def _check_one_tokenizer(context: Context, tokenizer: Any, load: Any) -> None:
+@contextlib.contextmanager
+def _loaded(context: Context, path: str, revision: str | None) -> Iterator[Any]:
+    from glottoscope.lm.checkpoints import Checkpoint, load_tokenizer
+
+    with context.at_hand(Checkpoint(path, 0, 0, revision), "tokenizer") as place:
+        yield load_tokenizer(place.path, place.revision)
+
+
+def _check_one_tokenizer(context: Context, tokenizer: Any) -> None:
     """All models of a study read the same ids: their tokenizers must agree where they bring one.
 
     Raises:
@@ -75,12 +81,13 @@ def _check_one_tokenizer(context: Context, tokenizer: Any, load: Any) -> None:
         own = getattr(run.spec, "tokenizer", None)
         place = (own, None) if own is not None else (str(run.final.path), run.final.revision)
         try:
-            theirs = load(*place)
+            with _loaded(context, *place) as theirs:
+                same = theirs.get_vocab() == vocabulary
         except InputError:
             if own is not None:
                 raise
             continue  # weights without a tokenizer beside them: the study's is taken at its word
-        if theirs.get_vocab() != vocabulary:
+        if not same:
             raise InputError(
                 f"model {run.name}: its tokenizer has another vocabulary than the study's: a study has one tokenizer, "
                 "so make a study for each"

@@ -1,0 +1,75 @@
+"""`--dry-run`: says what the command does afterwards, and changes nothing."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import tomli_w
+from study_fixture import PLANTED, command, planted, work_done
+from test_scaling import CUT
+
+from glottoscope.study.store import RunStore
+
+
+def everything(root: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
+
+
+def units(text: str) -> dict[str, str]:
+    """Stage -> units, as printed."""
+    rows = (re.split(r"\s*│\s*", line.strip("│ ")) for line in text.splitlines() if line.startswith("│"))
+    return {row[0]: row[1] for row in rows}
+
+
+def test_run_says_what_it_then_does(tmp_path: Path) -> None:
+    path, out = tmp_path / "tiny.toml", tmp_path / "out"
+    path.write_text(tomli_w.dumps(PLANTED), encoding="utf-8")
+    said = command("run", path, "--out", out, "--workers", "1", "--until", "features", "--dry-run")
+    assert said.code == 0
+    assert not out.exists()
+    assert "which it would make" in said.out
+    assert command("run", path, "--out", out, "--workers", "1", "--until", "features").code == 0
+    done = work_done(RunStore(out))
+    told = units(said.out)
+    assert {s: n for s, n in told.items() if n != "?"} == {s: str(done[s]) for s, n in told.items() if n != "?"}
+    assert told["pretrain"] == "2"  # the tokenizer and the model
+
+    before = everything(out)
+    again = command("run", path, "--out", out, "--workers", "1", "--until", "features", "--dry-run")
+    assert set(units(again.out).values()) == {"0"}
+    path.write_text(tomli_w.dumps(planted(sae={"k": 2})), encoding="utf-8")
+    changed = units(command("run", path, "--out", out, "--workers", "1", "--until", "features", "--dry-run").out)
+    assert (changed["pretrain"], changed["tokens"], changed["train"]) == ("0", "0", "2")
+    assert everything(out) == before
+    other = command("run", path, "--out", out, "--set", "study.name=other", "--dry-run")
+    assert other.code == 2
+    assert "belongs to the study 'tiny'" in other.complaint
+
+
+def test_demo_and_the_small_study_write_nothing(tmp_path: Path) -> None:
+    said = command("demo", "--out", tmp_path / "demo", "--workers", "1", "--dry-run")
+    assert said.code == 0
+    assert units(said.out)["tokens"] == "1"
+    path = tmp_path / "cut.toml"
+    path.write_text(tomli_w.dumps(CUT), encoding="utf-8")
+    said = command("run", path, "--scale", "tiny", "--out", tmp_path / "small", "--workers", "1", "--dry-run")
+    assert said.code == 0
+    assert "would write 4 random checkpoints" in said.out
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["cut.toml"]
+
+
+def test_intervene_and_clean_of_a_finished_run(tiny: RunStore, tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    shutil.copytree(tiny.root, root, ignore=shutil.ignore_patterns(".lock*"))
+    (root / "cells" / "gone@3").mkdir()
+    (root / "cells" / "gone@3" / "x").write_text("x")
+    before = everything(root)
+    said = command("intervene", root, "--base", "0", "--layer", "1", "--draws", "0", "--dry-run")
+    assert said.code == 0, said.err
+    assert units(said.out)["plan"] == "1"
+    assert "would write to" in said.out
+    assert command("intervene", root, "--base", "7", "--dry-run").code == 2
+    assert "would remove" in command("clean", root, "--dry-run").out
+    assert everything(root) == before

@@ -1,0 +1,191 @@
+"""The time of a study, the speed of a machine, and what is said before a run that cannot fit."""
+
+from __future__ import annotations
+
+import json
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+from study_fixture import INTERVENTION, PLANTED, as_study, command, planted, planted_model, run
+
+from glottoscope.study import calibration, planning
+from glottoscope.study.config import Study
+from glottoscope.study.load import load_study, parse_study, preset_text
+from glottoscope.study.plan import expand
+from glottoscope.study.rates import EFFICIENCY, Point, Rates
+from glottoscope.study.stages.intervene.experiments import chunks
+from glottoscope.study.times import TIMED, Units, conditions, makespan, times, total
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "llm-jp-3.toml"
+INFINITE = float("inf")
+STATED = Rates(1e10)
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def units_of(study: Study, workers: int = 1, rates: Rates = STATED) -> list[Units]:
+    return times(study, expand(study), rates, INFINITE, workers)
+
+
+# ---- rates and times
+
+
+@given(st.lists(st.tuples(st.floats(1e3, 1e9), st.floats(1e-9, 1e-2)), min_size=1, max_size=4, unique_by=lambda x: x[0]))
+def test_rates_pass_through_what_was_measured(found: list[tuple[float, float]]) -> None:
+    rates = Rates(1e10, {"sae": [Point(*x) for x in found]})
+    for work, seconds in found:
+        assert rates.seconds("sae", work) == pytest.approx(seconds)
+    largest = max(found)
+    assert rates.seconds("sae", 3 * largest[0]) == pytest.approx(3 * largest[1])
+    assert 0 < rates.seconds("sae", min(found)[0] / 10) < min(found)[1]
+    assert rates.seconds("forward", 1e9) == 1e9 / (1e10 * EFFICIENCY)  # not measured: as stated
+
+
+@given(st.lists(st.tuples(st.integers(1, 4), st.floats(0.1, 50)), max_size=8), st.integers(1, 6))
+def test_makespan_is_between_its_bounds(found: list[tuple[int, float]], workers: int) -> None:
+    units = [Units("train", "m", count, seconds) for count, seconds in found]
+    work, longest = sum(c * s for c, s in found), max((s for _, s in found), default=0.0)
+    assert max(work / workers, longest) - 1e-9 <= makespan(units, workers) <= work / workers + longest + 1e-9
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes"),
+    [
+        ("pretrain", {"models": planted_model(steps=200)}),
+        ("train", {"sae": {"steps": 100}}),
+        ("train", {"sae": {"lr": [1e-3, 3e-3]}}),
+        ("features", {"corpus": {"test_documents": 2000}}),
+        ("score", {"sae": {"n": 64}}),
+        ("intervene", {"intervention": {**INTERVENTION, "draws": 64}}),
+    ],
+)
+def test_a_stage_that_has_more_to_do_takes_longer(stage: str, changes: dict[str, Any]) -> None:
+    def seconds(raw: dict[str, Any]) -> float:
+        return sum(u.count * u.seconds for u in units_of(as_study(raw)) if u.stage == stage)
+
+    base = planted(intervention=INTERVENTION)
+    assert seconds(planted(**{"intervention": INTERVENTION, **changes})) > seconds(base) > 0
+    assert total(units_of(as_study(base)), 1) == pytest.approx(
+        sum(u.count * u.seconds for u in units_of(as_study(base)) if u.stage in TIMED)
+    )
+
+
+def test_units_are_counted_as_the_run_makes_them(tmp_path: Path) -> None:
+    raw = planted(intervention={**INTERVENTION, "translation": None})
+    raw["intervention"] = {k: v for k, v in raw["intervention"].items() if v is not None}
+    store = run(raw, tmp_path / "run", until="intervene")
+    rows = [json.loads(x) for x in store.log_path.read_text(encoding="utf-8").splitlines()]
+    study = as_study(raw)
+    for stage in ("pretrain", "train", "features"):
+        made = max(r["done"] for r in rows if r["stage"] == stage) if stage != "train" else 2
+        assert sum(u.count for u in units_of(study) if u.stage == stage) == made
+    assert study.intervention is not None
+    (folder,) = [p.parent for p in store.interventions_dir.rglob("plan.json")]
+    # Parts without features, as some of a model so small, have no conditions.
+    assert sum(len(c) for c in chunks(folder, "documents")) <= conditions(study, study.intervention)
+    full = parse_study(preset_text("planted-full"), name="preset", folder=tmp_path)
+    assert full.intervention is not None
+    assert conditions(full, full.intervention) == 368  # counted in a run of it
+
+
+# ---- calibration
+
+
+def test_calibration_measures_and_is_kept(cache: Path, tmp_path: Path) -> None:
+    study = as_study(PLANTED)
+    assert planning.known_rates(study, 1) is None
+    measured = calibration.calibrate(study, 1, budget=8.0)
+    (path,) = cache.rglob("*.json")
+    assert path == calibration.cache_path(study, 1)
+    kept = json.loads(path.read_text(encoding="utf-8"))
+    assert kept["machine"]["threads"] == 1
+    assert kept["measured"] == measured
+    assert {json.loads(t)["kind"] for t in measured} == {"forward", "sae", "collect", "pretrain"}
+    assert all(1e-10 < s < 1 for s in measured.values())
+    rates = planning.known_rates(study, 1)
+    assert rates is not None
+    assert planning.known_rates(study, 2) is None  # two workers share the memory: measured apart
+    # Another size uses it, too; another kind of SAE does not.
+    assert planning.known_rates(as_study(planted(models=planted_model(d_model=64))), 1) == rates
+    other = planning.known_rates(as_study(planted(sae={"k": 8})), 1)
+    assert other is not None
+    assert set(other.points) == {"forward", "pretrain"}
+
+    study_file = tmp_path / "tiny.toml"
+    study_file.write_text(tomli_w.dumps(PLANTED), encoding="utf-8")
+    ended = command("plan", study_file, "--workers", "1")
+    assert "from a calibration of this machine" in ended.out
+    assert "planned: " in command("run", study_file, "--out", tmp_path / "out", "--workers", "1", "--until", "tokens").err
+    stated = command("plan", study_file, "--workers", "1", "--device-flops", "1e12")
+    assert "at 1.00e+12 FLOP/s (as stated)" in stated.out
+
+
+def test_a_damaged_cache_is_no_calibration(cache: Path) -> None:
+    study = as_study(PLANTED)
+    path = calibration.cache_path(study, 1)
+    path.parent.mkdir(parents=True)
+    for text in ("", "[]", '{"measured": 3}'):
+        path.write_text(text, encoding="utf-8")
+        assert planning.known_rates(study, 1) is None
+
+
+@pytest.mark.usefixtures("cache")
+def test_large_shapes_are_measured_in_part() -> None:
+    (forward, *_) = [t for t in calibration.tasks_of(load_study(EXAMPLE)) if t["work"] > 1e9]
+    assert (forward["kind"], forward["d_model"]) == ("forward", 3072)
+    forward |= {"dtype": "float32", "context": 8}  # so that it is soon over
+    seconds = calibration.measure(forward, 0.2, "cpu")
+    assert seconds is not None
+    assert seconds > forward["work"] / 1e13
+
+
+# ---- warnings
+
+
+def said(study: Study, out: Path, **changes: Any) -> str:
+    found = planning.forecast(study, STATED, changes.pop("workers", 1))
+    return "\n".join(planning.warnings(study, found, out))
+
+
+def test_what_cannot_fit_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny, paper = as_study(PLANTED), load_study(EXAMPLE, ["compute.device=cpu"])
+    assert said(tiny, tmp_path / "not" / "there") == ""
+    monkeypatch.setattr(planning, "machine_memory", lambda: 8 * 2**30)
+    assert "one layer needs" in said(paper, tmp_path)
+    monkeypatch.setattr(planning, "machine_memory", lambda: 64 * 2**30)
+    assert "set compute.memory_gb" in said(paper, tmp_path)
+    assert "fewer --workers" in said(load_study(EXAMPLE, ["compute.device=cpu", "compute.memory_gb=60"]), tmp_path, workers=2)
+    monkeypatch.setattr(planning, "_gpu_memory", lambda: 4 * 2**30)
+    assert "The GPU has 4.0 GiB free" in said(load_study(EXAMPLE, ["compute.device=cuda"]), tmp_path)
+    monkeypatch.setattr(planning.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10**9})())
+    assert "has 953.7 MiB free: choose another --out" in said(paper, tmp_path)
+
+
+def test_checkpoints_beyond_the_disk_budget_are_said(tmp_path: Path) -> None:
+    hub = [f"models.{i}.hub_id=owner/lm{i}" for i in range(5)]
+    small = said(load_study(EXAMPLE, [*hub, "compute.disk_gb=5", "compute.remove_downloads=true"]), tmp_path)
+    assert "A checkpoint of llm-jp-3-3.7b does not fit compute.disk_gb = 5" in small
+    kept = said(load_study(EXAMPLE, [*hub, "compute.disk_gb=20"]), tmp_path)
+    assert "set compute.remove_downloads = true" in kept
+    fits = said(load_study(EXAMPLE, [*hub, "compute.disk_gb=20", "compute.remove_downloads=true"]), tmp_path)
+    assert "disk_gb" not in fits
+
+
+def test_a_model_of_unknown_size_is_told(tmp_path: Path) -> None:
+    (tmp_path / "w" / "iter_1").mkdir(parents=True)
+    raw = load_study(EXAMPLE).dump()
+    raw["models"] = [{"name": "m", "source": "checkpoints", "root": str(tmp_path / "w"), "glob": "iter_*", "tokens_per_step": 1}]
+    out = StringIO()
+    planning.print_plan(as_study(raw), 1e12, Console(file=out, width=250), workers=1)
+    assert "size unknown" in out.getvalue()
+    assert "Give [[models.shape]]" in out.getvalue()
