@@ -169,9 +169,10 @@ class Downloads:
         self.folder.mkdir(parents=True, exist_ok=True)
         token = uuid.uuid4().hex[:12]
         path = self.folder / f"{token}{SUFFIX}"
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
-        try:
+        with self._alone():  # between its making and its lock it looks like a dead one's
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
             _flock(handle, fcntl.LOCK_EX)
+        try:
             while not self._take(what, handle, path, need):
                 time.sleep(PATIENCE_S)
             yield token
@@ -183,7 +184,7 @@ class Downloads:
         """Reserve room; False where others at work have to let go of theirs first."""
         with self._alone():
             others = self._others(path)
-            lying = 0 if self.remove else sum(p.stat().st_size for p in self.folder.glob("*/**/*") if p.is_file())
+            lying = 0 if self.remove else _lying(self.folder)
             taken = others + lying
             if self.budget is None or taken + need <= self.budget:
                 free = shutil.disk_usage(self.folder).free
@@ -226,6 +227,16 @@ class Downloads:
             yield
         finally:
             os.close(handle)
+
+
+def _lying(folder: Path) -> int:
+    """Bytes of the files in the folders of a folder, while others may be renaming or removing them."""
+    total = 0
+    for place, _, names in os.walk(folder):
+        for name in names if Path(place) != folder else ():
+            with contextlib.suppress(FileNotFoundError):
+                total += os.stat(os.path.join(place, name)).st_size
+    return total
 
 
 def _flock(handle: int, kind: int) -> bool:
