@@ -11,6 +11,7 @@ measured in a plain loop.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import statistics
 import subprocess
@@ -31,6 +32,8 @@ from glottoscope.study.load import parse_study, preset_text
 from glottoscope.study.local import LocalEngine
 from glottoscope.study.ray_engine import RayEngine
 from glottoscope.study.store import RunStore, digest
+
+REST, WHOLE = "start, between stages", "whole command"
 
 
 def write_cell(root: str, n: int, report: Any) -> None:
@@ -111,16 +114,31 @@ def overheads(cells: int, with_ray: bool) -> str:
 
 
 def second_worker(workers: Sequence[int] = (1, 2)) -> str:
+    """The whole command and its stages, of which some have one unit only."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])}
-    rows, seconds = [], {}
+    seconds: dict[str, list[float]] = {}
     for count in workers:
         with tempfile.TemporaryDirectory() as folder:
             command = [sys.executable, "-m", "glottoscope.cli", "demo", "--workers", str(count), "--out", f"{folder}/run"]
             started = time.perf_counter()
             subprocess.run(command, check=True, capture_output=True, env=environment, cwd=folder)
-            seconds[count] = time.perf_counter() - started
-        rows.append([str(count), f"{seconds[count]:.1f}", f"{seconds[workers[0]] / seconds[count]:.2f}"])
-    return table(["workers", "seconds", "times one worker"], rows)
+            whole = time.perf_counter() - started
+            for stage, spent in of_stages(RunStore(Path(folder) / "run")).items():
+                seconds.setdefault(stage, []).append(spent)
+        stages = sum(spent[-1] for name, spent in seconds.items() if name not in (REST, WHOLE))
+        seconds.setdefault(REST, []).append(whole - stages)
+        seconds.setdefault(WHOLE, []).append(whole)
+    rows = [[name, *(f"{s:.1f}" for s in spent), f"{spent[0] / max(spent[-1], 1e-3):.2f}"] for name, spent in seconds.items()]
+    return table(["", *(f"{n} worker{'s' * (n > 1)}, s" for n in workers), "times one worker"], rows)
+
+
+def of_stages(store: RunStore) -> dict[str, float]:
+    """Seconds of every stage of a finished run."""
+    seconds: dict[str, float] = {}
+    for line in store.log_path.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        seconds[row["stage"]] = seconds.get(row["stage"], 0.0) + row["seconds"]
+    return seconds
 
 
 def main() -> None:
