@@ -131,6 +131,14 @@ def test_help_and_import_load_nothing_heavy(code: str) -> None:
     assert done.stdout.splitlines()[-1].strip() == "LOADED"
 
 
+def test_a_driver_loads_no_language_model_classes() -> None:
+    """They and scipy.stats take longer to import than all the rest: workers load them, and commands that only look do not."""
+    slow = ("transformers.modeling_utils", "transformers.models.llama.modeling_llama", "scipy.stats")
+    check = f"import sys\nimport glottoscope.study.runner\nprint([m for m in {slow!r} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, env=environment(), timeout=60)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
 def test_every_public_name_resolves() -> None:
     import glottoscope
 

@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import PreTrainedTokenizerFast
 
 from glottoscope.corpus import planted_lexicon as lx
 from glottoscope.corpus.planted_grammar import MIN_WORDS, Ints, Semantics, Slots
@@ -166,6 +165,8 @@ class PlantedWorld:
         """Write an ordinary Hugging Face tokenizer (one word, one token; words separated by spaces)."""
         tokenizer = Tokenizer(WordLevel({w: i for i, w in enumerate(self.vocabulary)}, unk_token="<unk>"))
         tokenizer.pre_tokenizer = WhitespaceSplit()  # pyright: ignore[reportAttributeAccessIssue]  (settable property)
+        from transformers import PreTrainedTokenizerFast
+
         fast = PreTrainedTokenizerFast(
             tokenizer_object=tokenizer,
             pad_token="<pad>",

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-from scipy import stats
 
 from glottoscope.features.bootstrap import FloatArray, Resampled, percentile_interval, resample_ratios
 
@@ -281,6 +280,8 @@ def smallest_detectable_difference(
     setups and t of its degrees of freedom. SAE seeds of one LM are averaged before LM seeds are compared: they are no
     independent LMs.
     """
+    from scipy import stats  # it takes a second to import
+
     known = [row for row in rows if row.get(f"{measure}_low") is not None and row.get(f"{measure}_high") is not None]
     by_features = None
     if known:

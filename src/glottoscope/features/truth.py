@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from scipy.stats import rankdata
 
 from glottoscope.features.alignment import Interval, alignment
 
@@ -97,6 +96,8 @@ def auc(score: npt.ArrayLike, truth: npt.ArrayLike) -> float | None:
     n_true, n_false = int(truth_N.sum()), int((~truth_N).sum())
     if n_true == 0 or n_false == 0:
         return None
+    from scipy.stats import rankdata  # it takes a second to import
+
     rank_N = rankdata(np.where(np.isnan(score_N), -np.inf, score_N))
     return float((rank_N[truth_N].sum() - n_true * (n_true + 1) / 2) / (n_true * n_false))
 

@@ -9,19 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
 
 from glottoscope.intervention.parts import Injection
 from glottoscope.lm.capture import cached_arguments
 from glottoscope.lm.llama_pass import knows
 from glottoscope.lm.llama_steps import LlamaSteps
 from glottoscope.lm.patch import Donor, Step, check_layers, counted_positions, patched
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Report = Callable[[float, float, str], None]
 
@@ -111,6 +113,8 @@ class _HookedReading:
 
     def __init__(self, model: PreTrainedModel, donor: Donor | None) -> None:
         self._model, self._donor = model, donor
+        from transformers import DynamicCache
+
         self._cache = DynamicCache()
         self._attention: Tensor | None = None
 

@@ -6,12 +6,11 @@ Shape legend: W windows, B windows of a batch, T positions, U units, S condition
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import PreTrainedModel
 
 from glottoscope.errors import InputError
 from glottoscope.intervention.conditions import Condition
@@ -19,6 +18,9 @@ from glottoscope.intervention.parts import Injection
 from glottoscope.lm.capture import capture
 from glottoscope.lm.losses import check_head, loss_of_hidden
 from glottoscope.lm.patch import Step, counted_positions, finish
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Report = Callable[[float, float, str], None]
 

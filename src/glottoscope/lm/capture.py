@@ -9,15 +9,17 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, PreTrainedModel
 
 from glottoscope.errors import InputError
 from glottoscope.lm.layers import decoder_blocks
 from glottoscope.lm.llama_pass import knows, llama_states
+
+if TYPE_CHECKING:
+    from transformers import Cache, PreTrainedModel
 
 
 class _AllCaptured(Exception):

@@ -15,23 +15,17 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-import transformers
 from safetensors import SafetensorError, safe_open
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
-from transformers.utils import logging as hf_logging
 
 from glottoscope.errors import InputError
 from glottoscope.lm.layers import n_layers
+
+# transformers' models take seconds to import: functions that load one import them.
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -87,6 +81,8 @@ def load_lm(
         InputError: directory or weights missing; a truncated or corrupt file (named); missing, unexpected or
             mis-shaped tensors (named; heads tied to the embedding may be absent); NaN or Inf in a weight.
     """
+    from transformers import AutoModelForCausalLM
+
     if dtype not in DTYPES:
         raise InputError(f"dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
     source = _source(checkpoint)
@@ -121,6 +117,8 @@ def load_tokenizer(path: str, revision: str | None = None, *, local_files_only: 
     Raises:
         InputError: there is none.
     """
+    from transformers import AutoTokenizer
+
     checkpoint = Checkpoint(path, 0, 0, revision)
     source = _source(checkpoint)
     try:
@@ -192,9 +190,11 @@ def describe(checkpoint: Checkpoint | PreTrainedModel) -> ModelShape:
     Raises:
         InputError: no readable config.json, or an architecture transformers does not know.
     """
-    if isinstance(checkpoint, PreTrainedModel):
+    if not isinstance(checkpoint, Checkpoint):
         model = checkpoint
     else:
+        from transformers import AutoConfig, AutoModelForCausalLM
+
         source = _source(checkpoint)
         if checkpoint.is_local:
             _check_config(Path(source))
@@ -281,6 +281,8 @@ def _first_line(error: BaseException) -> str:
 
 
 def _transformers_version() -> tuple[int, int]:
+    import transformers
+
     major, minor = transformers.__version__.split(".")[:2]
     return int(major), int(minor)
 
@@ -288,6 +290,8 @@ def _transformers_version() -> tuple[int, int]:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """No tables of missing keys and no progress bars: what matters is raised."""
+    from transformers.utils import logging as hf_logging
+
     level, had_bar = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()

@@ -3,10 +3,14 @@ position embeddings where the model adds them there), layer L = 1..n the output 
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import nn
-from transformers import PreTrainedModel
 
 from glottoscope.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 BLOCK_NAMES = ("layers", "h", "blocks", "decoder.layers")  # Llama, NeoX, Qwen2, OLMo | GPT-2 | MPT | OPT
 

@@ -9,35 +9,36 @@ Shape legend: B sequences, T positions, M = B * T positions, D d_model, H heads,
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.activations import ACT2FN
-from transformers.models.llama.modeling_llama import (
-    LlamaAttention,
-    LlamaDecoderLayer,
-    LlamaMLP,
-    LlamaModel,
-    LlamaRMSNorm,
-    LlamaRotaryEmbedding,
-)
 
-PLAIN = {
-    LlamaModel, LlamaDecoderLayer, LlamaAttention, LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding, nn.Linear, nn.Embedding,
-    nn.ModuleList,
-}  # fmt: skip
-SILU = type(ACT2FN["silu"])
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@functools.cache
+def _plain() -> tuple[frozenset[type], type]:
+    """The modules of a plain Llama, and its activation's. Looked up when first asked: they take seconds to import."""
+    from transformers.activations import ACT2FN
+    from transformers.models.llama import modeling_llama as llama
+
+    return frozenset({
+        llama.LlamaModel, llama.LlamaDecoderLayer, llama.LlamaAttention, llama.LlamaMLP, llama.LlamaRMSNorm,
+        llama.LlamaRotaryEmbedding, nn.Linear, nn.Embedding, nn.ModuleList,
+    }), type(ACT2FN["silu"])  # fmt: skip
 
 
 def knows(model: PreTrainedModel) -> bool:
     """Whether `llama_states` computes what this model computes: a plain Llama in float32 on a CPU, no hooks."""
     base: Any = model.base_model
-    if type(base) is not LlamaModel or base.training:
+    if type(base).__name__ != "LlamaModel" or base.training:
         return False
+    classes, silu = _plain()
     config = base.config
     plain = config.hidden_act == "silu" and getattr(config, "is_causal", True) is not False
     if not plain or config._attn_implementation not in ("eager", "sdpa"):
@@ -47,7 +48,7 @@ def knows(model: PreTrainedModel) -> bool:
     # A module put in another's place (adapters, quantised weights) is not what its name says, and whoever hooks or
     # replaces a forward (steering, patching, offloading) must see it called.
     return all(
-        (type(module) in PLAIN or isinstance(module, SILU))
+        (type(module) in classes or isinstance(module, silu))
         and not module._forward_hooks
         and not module._forward_pre_hooks
         and "forward" not in vars(module)

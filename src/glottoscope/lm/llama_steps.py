@@ -10,14 +10,16 @@ heads, E head width, D d_model.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from glottoscope.lm.llama_pass import rms_norm, rotate
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 ROOM = 32  # positions taken in advance
 

@@ -5,14 +5,18 @@ Shape legend: B sequences, T positions, D d_model, V vocabulary, G languages; M 
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from glottoscope.errors import InputError
 from glottoscope.lm.capture import forward_arguments
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 LOGITS_PER_CHUNK = 1 << 23  # 32 MiB of float32
 # What Gemma 2, Cohere and Granite do to the head's output, and the value that does nothing.

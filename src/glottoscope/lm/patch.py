@@ -14,16 +14,18 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
 
 from glottoscope.errors import InputError
 from glottoscope.lm.capture import capture, forward_arguments, right_padded
 from glottoscope.lm.layers import decoder_blocks, n_layers
 from glottoscope.lm.llama_pass import knows, llama_finish
+
+if TYPE_CHECKING:
+    from transformers import DynamicCache, PreTrainedModel
 
 
 @dataclass(eq=False)
@@ -86,6 +88,8 @@ class Donor:
                 f"the cache holds {past} positions and the donor has read {self._have}: start the generation inside the patch"
             )
         if self._cache is None:
+            from transformers import DynamicCache
+
             self._cache = DynamicCache()
         self._have += ids_BT.shape[1]
         return capture(self.model, ids_BT, attention, self.layers, cache=self._cache)

@@ -13,16 +13,18 @@ import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from glottoscope.errors import InputError, NonFiniteError
 from glottoscope.lm.training_forward import Rotary, next_token_loss, rotary_tables
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -103,6 +105,8 @@ def learning_rate(settings: PretrainSettings, update: int) -> float:
 def build_model(shape: LlamaShape, settings: PretrainSettings) -> LlamaForCausalLM:
     """The initial model: every weight drawn from `settings.seed`; torch's global generator is neither used nor
     moved."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     config = LlamaConfig(
         vocab_size=shape.vocab_size,
         hidden_size=shape.d_model,

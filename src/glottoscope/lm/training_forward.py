@@ -13,13 +13,15 @@ S one stack of B * H heads; C = one chunk of positions.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
-from transformers import LlamaForCausalLM
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM
 
 IGNORED = -100  # target of a position that carries no loss (cross_entropy's own convention)
 LOGITS_PER_CHUNK = 1 << 21  # 8 MiB of float32: the logits of one chunk stay in the last-level cache
