@@ -7,6 +7,8 @@ BENCH := .venv-bench
 BENCH_FLAGS ?=
 # COMET's own environment: unbabel-comet needs transformers < 5 and numpy < 2
 COMET := .venv-comet
+# Processes of make test
+TEST_JOBS ?= 2
 # Another package index for torch, where one is wanted: make setup TORCH_INDEX=URL
 TORCH_INDEX ?=
 PIP_FLAGS := --quiet --disable-pip-version-check -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
@@ -62,8 +64,9 @@ demo: setup
 demo-full: setup
 	@$(BIN)/glottoscope demo --full
 
+# Files are shared out over processes; make test TEST_JOBS=0 runs all in one.
 test: setup-dev
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests -n $(TEST_JOBS) --dist loadfile
 
 # Reports and sites are made without a browser; to test them, the system's is driven here.
 test-browser: find-browser $(VENV)/.installed-browser
