@@ -5,6 +5,9 @@ BIN := $(VENV)/bin
 # The benchmarks' own environment, with the peers; make bench BENCH_FLAGS='--only sae --threads 1' (--help shows all)
 BENCH := .venv-bench
 BENCH_FLAGS ?=
+# Runs that `make test-kill` kills, and where the seed of its random moments (printed) comes from: another each time
+KILLS ?= 20
+SEED ?=
 # COMET's own environment: unbabel-comet needs transformers < 5 and numpy < 2
 COMET := .venv-comet
 # Processes of make test
@@ -13,7 +16,7 @@ TEST_JOBS ?= 2
 TORCH_INDEX ?=
 PIP_FLAGS := --quiet --disable-pip-version-check -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: help setup setup-dev demo demo-full test test-browser test-comet test-ray bench bench-quick lint docs clean
+.PHONY: help setup setup-dev demo demo-full test test-browser test-comet test-kill test-ray bench bench-quick lint docs clean
 
 help:
 	@echo "make setup      make the .venv and install glottoscope"
@@ -22,6 +25,7 @@ help:
 	@echo "make test       run the tests"
 	@echo "make test-browser  test the report and the browser's pages in the system's Chromium (playwright drives it; none is downloaded)"
 	@echo "make test-comet  make COMET's own environment in $(COMET) and test scoring with the real package (about 4 minutes)"
+	@echo "make test-kill  kill runs of a small study at random moments and compare what they end with (KILLS=20, SEED=..., TIME)"
 	@echo "make test-ray   install Ray into $(VENV) and test a cluster of two nodes on this machine (about 3 minutes, loopback only)"
 	@echo "make bench      install the peers into $(BENCH) and run the benchmarks beside them (about an hour on 2 cores)"
 	@echo "make bench-quick  the same at small shapes (minutes), to see that all of it works"
@@ -83,6 +87,12 @@ test-comet: setup-dev
 	@$(BIN)/python -c "from pathlib import Path; from glottoscope.intervention import comet; \
 	  comet.setup(Path('$(COMET)'), extra_index='$(TORCH_INDEX)' or None)"
 	GLOTTOSCOPE_COMET=$(CURDIR)/$(COMET) $(BIN)/python -m pytest tests/comet
+
+# KILLS random moments of a run; SEED repeats those of another time.
+test-kill: export KILLS := $(KILLS)
+test-kill: export SEED := $(SEED)
+test-kill: setup-dev
+	$(BIN)/python -m pytest tests/kill -s
 
 # A real cluster: two raylets as processes of this machine, all of them on 127.0.0.1.
 test-ray: $(VENV)/.installed-ray

@@ -50,6 +50,18 @@ except InputError as error:
 except KeyboardInterrupt:
     print("interrupted", flush=True)
 """
+# The same with a worker, whose number it says, and which does not notice that it is killed.
+HOLD_WITH_WORKER = """
+import multiprocessing, os, sys, time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from glottoscope.study import locks
+folder = Path(sys.argv[1])
+with locks.hold_run(folder):
+    pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), repr, (locks.lock_for_workers(folder),))
+    print(pool.submit(os.getpid).result(), flush=True)
+    pool.submit(time.sleep, 3600).result()
+"""
 NO_FLOCK = [0, errno.ENOLCK, errno.EOPNOTSUPP]
 
 
@@ -118,6 +130,41 @@ def test_a_second_process_is_told_who_holds_it(
         assert json.loads((tmp_path / RUN_HOLDER).read_bytes())["pid"] == os.getpid()
     assert sorted(p.name for p in tmp_path.iterdir()) == [".lock"]
     assert holder_of(tmp_path) is None
+
+
+def test_workers_hold_it_until_the_last_of_them_has_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = subprocess.Popen(
+        [sys.executable, "-c", HOLD_WITH_WORKER, str(tmp_path)], stdout=subprocess.PIPE, text=True, env=environment()
+    )
+    assert driver.stdout is not None
+    worker = int(driver.stdout.readline())
+    try:
+        with pytest.raises(InputError, match=rf"process {driver.pid} on .*: wait for it or stop it"), hold_run(tmp_path):
+            pass
+        kill(driver)
+        monkeypatch.setattr(locks, "ENDING_S", 1.5)
+        said: list[str] = []
+        with (
+            pytest.raises(InputError, match="processes of a run that was stopped are still at work"),
+            hold_run(tmp_path, said.append),
+        ):
+            pass
+        assert said == [f"waiting up to 2 s for processes of a run that was stopped to end in {tmp_path}"]
+        monkeypatch.setattr(locks, "ENDING_S", 60.0)
+        threading.Timer(0.3, os.kill, (worker, signal.SIGKILL)).start()
+        with hold_run(tmp_path, said.append):
+            assert not Path(f"/proc/{worker}").exists() or locks._started(worker) == ""
+        assert len(said) == 1
+    finally:
+        if locks._started(worker):
+            os.kill(worker, signal.SIGKILL)
+
+
+def test_workers_are_given_no_lock_of_a_folder_that_is_not_held(tmp_path: Path) -> None:
+    assert locks.lock_for_workers(tmp_path) is None
+    with hold_run(tmp_path):
+        assert locks.lock_for_workers(tmp_path / ".." / tmp_path.name) is not None
+    assert locks.lock_for_workers(tmp_path) is None
 
 
 @pytest.mark.parametrize("held", [(n, "another machine") for n in NO_FLOCK], ids=str, indirect=True)

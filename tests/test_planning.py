@@ -19,7 +19,9 @@ from glottoscope.study.config import Study
 from glottoscope.study.load import load_study, parse_study, preset_text
 from glottoscope.study.plan import expand
 from glottoscope.study.rates import EFFICIENCY, Point, Rates
+from glottoscope.study.stages import resuming
 from glottoscope.study.stages.intervene.experiments import chunks
+from glottoscope.study.store import RESUME_FOLDER, tree_size
 from glottoscope.study.times import TIMED, Units, conditions, makespan, times, total
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "llm-jp-3.toml"
@@ -147,6 +149,49 @@ def test_large_shapes_are_measured_in_part() -> None:
     seconds = calibration.measure(forward, 0.2, "cpu")
     assert seconds is not None
     assert seconds > forward["work"] / 1e13
+
+
+# ---- disk
+
+
+@pytest.mark.parametrize("grid", ["final", "setup"])
+def test_states_take_the_disk_that_was_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, grid: str) -> None:
+    """Weighed after every state written, in every folder where one lies."""
+    raw = planted(
+        compute={"checkpoint_minutes": 1e-9}, models=planted_model(d_model=96, checkpoints=[0, 20]),
+        sae={"n": 512, "lr": [1e-3, 3e-3], "seeds": [0, 1], "lr_choice": grid},
+    )  # fmt: skip
+    monkeypatch.setattr(resuming, "COST", float("inf"))
+    weighed = {"pretrain": 0, "train": 0}
+    original = resuming.Keeper._write
+
+    def weighing(keeper: resuming.Keeper) -> None:
+        original(keeper)
+        for stage, folder in (("pretrain", "models"), ("train", "cells")):
+            size = sum(tree_size(p) for p in (tmp_path / "run" / folder).rglob(RESUME_FOLDER))
+            weighed[stage] = max(weighed[stage], size)
+
+    monkeypatch.setattr(resuming.Keeper, "_write", weighing)
+    run(raw, tmp_path / "run", until="train")
+    study = as_study(raw)
+    runs = expand(study)
+    assert min(weighed.values()) > 0
+    assert planning.states_disk(study, runs, INFINITE, 1) == pytest.approx(max(weighed.values()), rel=0.03)
+    # Two units at once: the two cells, of which one has the chosen rate alone, and only once the other is done.
+    both = planning.states_disk(study, runs, INFINITE, 2) / planning.states_disk(study, runs, INFINITE, 1)
+    assert both == (2 if grid == "setup" else 1)
+    never = as_study({**raw, "compute": {**raw["compute"], "checkpoint_minutes": 0}})
+    assert planning.states_disk(never, runs, INFINITE, 2) == 0
+    found = planning.forecast(study, STATED, 1)
+    assert found.disk == sum(c.disk for _, c in found.rows if c is not None) + found.states
+
+
+def test_the_plan_says_what_states_take(tmp_path: Path) -> None:
+    path = tmp_path / "study.toml"
+    path.write_text(tomli_w.dumps(PLANTED), encoding="utf-8")
+    words = "for the states of trainings at work"
+    assert words in command("plan", path, "--device-flops", "1e10").out
+    assert words not in command("plan", path, "--device-flops", "1e10", "--set", "compute.checkpoint_minutes=0").out
 
 
 # ---- warnings

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ from study_fixture import (
 
 from glottoscope.atomic import TEMPORARY_PREFIX
 from glottoscope.errors import InputError
-from glottoscope.study.engine import stop_on_sigterm
+from glottoscope.study import runner
+from glottoscope.study.engine import Unit, run_unit, stop_on_sigterm
 from glottoscope.study.runner import clean, status
 from glottoscope.study.stages import training
 from glottoscope.study.store import RunStore
@@ -210,6 +212,25 @@ def test_sigterm_is_an_interrupt() -> None:
             signal.raise_signal(signal.SIGTERM)
     finally:
         signal.signal(signal.SIGTERM, handler)
+
+
+def test_what_becomes_of_an_interrupt_within_a_lock_is_one_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signal between two lines of a lock's own code leaves it open: closing it is another error."""
+
+    def disorder(*_: object) -> None:
+        lock = threading.Lock()
+        with lock:
+            lock.release()
+            raise KeyboardInterrupt
+
+    with pytest.raises(RuntimeError, match="release unlocked lock"):
+        disorder()
+    with pytest.raises(KeyboardInterrupt):
+        run_unit(Unit("a unit", disorder, ()), "train", str(tmp_path))
+    monkeypatch.setattr(runner, "preflight", disorder)
+    (tmp_path / "s.toml").write_text(tomli_w.dumps(PLANTED), encoding="utf-8")
+    ended = command("run", tmp_path / "s.toml", "--out", tmp_path / "run", "--workers", "1")
+    assert (ended.code, ended.complaint) == (130, "interrupted; the same command continues where it stopped")
 
 
 def test_ctrl_c_while_a_model_is_trained(copy: RunStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

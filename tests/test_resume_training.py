@@ -234,6 +234,57 @@ def test_what_was_trained_when_saving_stopped_is_not_trained_again(
     assert list(untrained.root.rglob(".resume")) == []
 
 
+@pytest.mark.parametrize("with_state", [True, False], ids=["state", "no-state"])
+@pytest.mark.parametrize("saved", range(1, 4))
+def test_saving_stopped_between_two_saes(
+    whole: RunStore, untrained: RunStore, monkeypatch: pytest.MonkeyPatch, saved: int, with_state: bool
+) -> None:
+    """The SAEs saved later tell of the whole grid of learning rates, too."""
+    original, calls = training._save, []
+
+    def failing(*arguments: Any) -> None:
+        if len(calls) == saved:
+            raise Stopped
+        calls.append(1)
+        original(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "_save", failing)
+        with pytest.raises(Stopped):
+            train(untrained)
+    if not with_state:
+        shutil.rmtree(untrained.train_states_dir("m", LM_STEPS))
+    context = Context.open(untrained.root)
+    cell = next(c for c in context.cells if c.checkpoint.step == LM_STEPS)
+    left = training.missing_layers(context, cell, (0, 1))
+    assert left == [0, 1][saved // 2 :]
+    training.train_cell(str(untrained.root), "m", LM_STEPS, tuple(left), silent)
+    assert cell_of(untrained) == cell_of(whole)
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "train"])
+def test_states_of_a_unit_stopped_when_all_was_saved_go_with_the_next_run(
+    whole: RunStore, untrained: RunStore, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    def stopped(*_: object) -> None:
+        raise Stopped
+
+    if stage == "pretrain":
+        shutil.rmtree(untrained.models_dir)
+    with monkeypatch.context() as patch:
+        patch.setattr(resuming.Keeper, "done", stopped)
+        with pytest.raises(Stopped):
+            if stage == "train":
+                train(untrained)
+            else:
+                pretraining.pretrain_model(str(untrained.root), "m", silent)
+    assert len(list(untrained.root.rglob("state_*.json"))) == 2
+    run(STUDY, untrained.root, until=stage)
+    assert list(untrained.root.rglob(".resume")) == []
+    if stage == "train":
+        assert contents(untrained.root, TRAINED) == contents(whole.root, TRAINED)
+
+
 def test_no_room_for_a_state_is_no_reason_to_stop(whole: RunStore, untrained: RunStore) -> None:
     largest = max(p.stat().st_size for p in whole.cell_dir("m", LM_STEPS).rglob("*"))
     words: list[str] = []
@@ -335,6 +386,33 @@ def test_a_signal_leaves_a_last_state(
     assert steps == 3 if where == "step" else steps > 0
     train(untrained)
     assert cell_of(untrained) == cell_of(whole)
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "train"])
+def test_progress_is_told_to_its_end(untrained: RunStore, stage: str) -> None:
+    """It goes through a queue's locks, which an exception in the middle would leave in disorder."""
+    told: list[float] = []
+
+    def report(done: float, *_: object) -> None:
+        signal.raise_signal(signal.SIGTERM)
+        told.append(done)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    if stage == "pretrain":
+        shutil.rmtree(untrained.models_dir)
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            if stage == "train":
+                train(untrained, report)
+            else:
+                pretraining.pretrain_model(str(untrained.root), "m", report)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert len(told) == 1
+    assert len(list(untrained.root.rglob(".resume"))) == 1
 
 
 SLOW = planted(

@@ -12,7 +12,7 @@ import typer
 
 from glottoscope import __version__
 from glottoscope.atomic import is_disk_full
-from glottoscope.errors import InputError
+from glottoscope.errors import InputError, is_interruption
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -521,13 +521,13 @@ def _guarded(command: Callable[[], Any]) -> int:
     except InputError as error:
         print(f"glottoscope: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("glottoscope: interrupted; the same command continues where it stopped", file=sys.stderr)
-        return 130
     except BrokenPipeError:
         return 0
-    except OSError as error:
-        if not is_disk_full(error):
+    except BaseException as error:
+        if is_interruption(error):
+            print("glottoscope: interrupted; the same command continues where it stopped", file=sys.stderr)
+            return 130
+        if not (isinstance(error, OSError) and is_disk_full(error)):
             raise
         print(f"glottoscope: no space left on device ({error}): free some and run the study again", file=sys.stderr)
         return 2

@@ -13,3 +13,10 @@ class InputError(Exception):
 
 class NonFiniteError(InputError):
     """NaN or Inf where numbers were expected (hidden states, losses); raised before any weight changes."""
+
+
+def is_interruption(error: BaseException | None) -> bool:
+    """Whether an exception is what became of Ctrl-C or SIGTERM: raised within a lock's own code, it comes out as another."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__context__
+    return error is not None

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, Self
 
 from rich.console import Console
 
-from glottoscope.errors import InputError
+from glottoscope.errors import InputError, is_interruption
 from glottoscope.study.heartbeats import Heart, clear
 from glottoscope.study.store import RunStore
 from glottoscope.study.view import View, view_of
@@ -189,6 +189,8 @@ def run_unit(unit: Unit, stage: str, root: str, report: Report | None = None) ->
         except InputError as error:
             failure = Failure(unit.name, str(error), True, "")
         except Exception as error:
+            if is_interruption(error):
+                raise KeyboardInterrupt from None
             failure = Failure(unit.name, f"{type(error).__name__}: {error}", False, traceback.format_exc())
     return Ended(failure, time.monotonic() - started, peak_memory())
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import queue
 import signal
 import threading
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, NamedTuple
@@ -16,8 +16,11 @@ from typing import Any, NamedTuple
 from rich.console import Console
 
 from glottoscope.study.engine import Ended, Engine, Unit, lost, prepare_process, run_unit, usable_cores
+from glottoscope.study.locks import WorkersLock, lock_for_workers
 from glottoscope.study.store import RunStore
 from glottoscope.study.view import View
+
+STARTING = {signal.SIGINT}  # blocked while a worker starts, which has no answer to it before it is set up
 
 
 class Place(NamedTuple):
@@ -48,17 +51,18 @@ def visible_gpus() -> list[str]:
 _messages: Any = None
 
 
-def _start_worker(messages: Any, free: Any, threads: int, fast_matmul: bool) -> None:
+def _start_worker(messages: Any, free: Any, threads: int, fast_matmul: bool, _lock: WorkersLock | None) -> None:
     global _messages
     _messages = messages
     # The driver answers Ctrl-C and stops its workers; were they to answer too, half of them would print tracebacks.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = os.getppid()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STARTING)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
 
     def follow_parent() -> None:
-        # A killed driver must not leave workers behind that write into a run directory someone else now holds.
-        while os.getppid() == parent:
-            time.sleep(0.5)
+        # Workers of a killed driver end, and with the last of them its hold on the run directory.
+        parent.join()
         os._exit(1)
 
     threading.Thread(target=follow_parent, daemon=True).start()
@@ -77,6 +81,15 @@ def _send(unit: str, done: float, total: float, words: str) -> None:
 
 def _run(unit: Unit, stage: str, root: str) -> Ended:
     return run_unit(unit, stage, root, _send)
+
+
+@contextlib.contextmanager
+def _blocked(signals: Collection[signal.Signals]) -> Iterator[None]:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class LocalEngine(Engine):
@@ -114,7 +127,7 @@ class LocalEngine(Engine):
             free = context.Queue()
             for place in self.places:
                 free.put(place)
-            arguments = (self._queue, free, self.threads, self.fast_matmul)
+            arguments = (self._queue, free, self.threads, self.fast_matmul, lock_for_workers(self.store.root))
             self._pool = ProcessPoolExecutor(self.slots, context, _start_worker, arguments)
         return self._pool
 
@@ -130,10 +143,11 @@ class LocalEngine(Engine):
         pool = self._started_pool()
         ended: queue.SimpleQueue[Future[Ended]] = queue.SimpleQueue()
         waiting: dict[Future[Ended], Unit] = {}
-        for unit in units:
-            future = pool.submit(_run, unit, stage, str(self.store.root))
-            waiting[future] = unit
-            future.add_done_callback(ended.put)
+        with _blocked(STARTING):  # inherited by the workers that it starts
+            for unit in units:
+                future = pool.submit(_run, unit, stage, str(self.store.root))
+                waiting[future] = unit
+                future.add_done_callback(ended.put)
         while waiting:
             try:
                 future = ended.get(timeout=0.25)

@@ -5,6 +5,9 @@ process held. Where a file system has no flock, or keeps it to one machine, a ho
 O_EXCL, says who holds the folder, and holds a count that goes up every BEAT_S seconds. A holder on another machine
 passes for dead once its count stood still for STALE_S seconds of our own clock: neither the times of files nor the
 clocks of two machines are compared.
+
+A run's local workers hold the flock with it (`WorkersLock`): where their driver is killed, the folder is free when the
+last of them has ended, and not before.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from multiprocessing import reduction
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +34,13 @@ from glottoscope.errors import InputError
 BEAT_S = 10.0  # a holder counts up this often
 STALE_S = 120.0  # a count that stood still for so long is a dead holder's
 BRIEF_STALE_S = 10.0  # the same for a record's lock, which is held for milliseconds
+ENDING_S = 60.0  # workers of a run that was stopped write a last state and end: waited for so long
 RUN_LOCK = ".lock"
 RUN_HOLDER = ".lock-holder"
 RECORD_HOLDER = f"{TEMPORARY_PREFIX}lock"
 # flock of a folder is EBADF on NFS, which wants what it locks open for writing.
 NO_FLOCK = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EINVAL}
+ENDING: dict[str, Any] = {"ending": True}  # in the place of a holder
 WIDTH = 512  # bytes of a holder file: one write replaces it whole
 
 
@@ -44,6 +50,34 @@ class InUse(Exception):
     def __init__(self, holder: dict[str, Any]) -> None:
         super().__init__(holder)
         self.holder = holder
+
+
+class WorkersLock:
+    """A run directory's flock, to be given to a process that is spawned: until that ends, no other run gets the folder.
+
+    flock belongs to the open file, which both processes then have; where there is none, only the holder file counts.
+    """
+
+    def __init__(self, handle: int) -> None:
+        self._handle = handle
+
+    def __reduce__(self) -> Any:
+        return _received, (reduction.DupFd(self._handle),)
+
+
+def _received(handle: Any) -> WorkersLock:
+    number = handle.detach()
+    os.set_inheritable(number, False)
+    return WorkersLock(number)
+
+
+_held: dict[Path, int] = {}  # run directories that this process holds -> descriptor of the lock
+
+
+def lock_for_workers(folder: Path) -> WorkersLock | None:
+    """What a worker of this process must be given; None where this process does not hold the folder."""
+    handle = _held.get(folder.resolve())
+    return WorkersLock(handle) if handle is not None else None
 
 
 def _say(line: str) -> None:
@@ -69,17 +103,19 @@ def hold_run(folder: Path, say: Callable[[str], None] = _say) -> Iterator[None]:
         raise InputError(f"{folder} cannot be written ({error.strerror}): choose another folder, or its owner") from None
     path = folder / RUN_HOLDER
     try:
-        alone = _flock(handle, wait=False)
-        if alone is False:
-            raise InUse(_parse(_read(path) or b""))
+        alone = _flock_run(handle, path, say)
         own = _record()
         heart = _Heart(path, own, _take(path, own, alone=alone, stale=STALE_S, wait=False, say=say), say)
         heart.start()
+        _held[folder.resolve()] = handle
         try:
             yield
         finally:
+            del _held[folder.resolve()]
             heart.end()
     except InUse as error:
+        if error.holder == ENDING:
+            raise InputError(f"processes of a run that was stopped are still at work in {folder}: wait for them") from None
         raise InputError(
             f"another process is running the study in {folder}{_words(error.holder)}: wait for it or stop it"
         ) from None
@@ -256,6 +292,27 @@ class _Heart(threading.Thread):
 
 
 # ---- what the system says
+
+
+def _flock_run(handle: int, path: Path, say: Callable[[str], None]) -> bool | None:
+    """Flock of a run directory, as `_flock` gives it; waits for the workers of a process that has ended or is ending.
+
+    Raises:
+        InUse: a process that lives holds it, or workers have not ended in time.
+    """
+    started, said = time.monotonic(), False
+    while (alone := _flock(handle, wait=False)) is False:
+        holder = _parse(_read(path) or b"")
+        if holder and _lives(holder, None) is not False:
+            raise InUse(holder)
+        waited = time.monotonic() - started
+        if waited > ENDING_S:
+            raise InUse(ENDING)
+        if waited > 1 and not said:
+            say(f"waiting up to {ENDING_S:.0f} s for processes of a run that was stopped to end in {path.parent}")
+            said = True
+        time.sleep(0.05)
+    return alone
 
 
 def _flock(handle: int, *, wait: bool) -> bool | None:

@@ -15,8 +15,19 @@ from rich.table import Table
 
 from glottoscope.errors import InputError
 from glottoscope.study.calibration import cached, calibrate, device_of, rates_of
-from glottoscope.study.config import CheckpointModel, Study
-from glottoscope.study.plan import BYTES, PROCESS, Cost, ModelRun, describe_memory, describe_time, summary, train_memory
+from glottoscope.study.config import CheckpointModel, PretrainModel, Study
+from glottoscope.study.plan import (
+    BYTES,
+    PROCESS,
+    Cost,
+    ModelRun,
+    describe_memory,
+    describe_time,
+    layer_groups,
+    lm_memory,
+    summary,
+    train_memory,
+)
 from glottoscope.study.rates import EFFICIENCY, Rates
 from glottoscope.study.times import TIMED, Units, makespan, times, total
 
@@ -58,6 +69,7 @@ class Forecast(NamedTuple):
     units: list[Units]
     rates: Rates
     workers: int
+    states: int = 0  # bytes on the disk of the trainings at work, at most; gone when they are done
 
     @property
     def peak(self) -> int:
@@ -66,8 +78,8 @@ class Forecast(NamedTuple):
 
     @property
     def disk(self) -> int:
-        """Bytes of the run directory."""
-        return sum(cost.disk for _, cost in self.rows if cost is not None)
+        """Bytes of the run directory at its largest."""
+        return sum(cost.disk for _, cost in self.rows if cost is not None) + self.states
 
     @property
     def seconds(self) -> float:
@@ -82,7 +94,35 @@ def forecast(study: Study, rates: Rates, workers: int) -> Forecast:
     """
     memory = study.compute.memory_gb * 2**30 if study.compute.memory_gb is not None else float("inf")
     rows = summary(study, memory)
-    return Forecast(rows, times(study, [run for run, _ in rows], rates, memory, workers), rates, workers)
+    runs = [run for run, _ in rows]
+    return Forecast(rows, times(study, runs, rates, memory, workers), rates, workers, states_disk(study, runs, memory, workers))
+
+
+STATES_KEPT = 2  # of a training; one of them is replaced at a time
+PER_WEIGHT = 3  # itself and Adam's two moments
+
+
+def states_disk(study: Study, runs: Sequence[ModelRun], memory: float, workers: int) -> int:
+    """Bytes that the states of trainings take at most: those of the largest units of a stage that are at work at once."""
+    if not study.compute.checkpoint_minutes:
+        return 0
+    models: list[int] = []
+    choosing: list[int] = []
+    chosen: list[int] = []
+    for run in runs:
+        if run.shape is None or run.layers is None:
+            continue
+        if isinstance(run.spec, PretrainModel) and run.lm == run.name:
+            models.append(run.shape.n_params)
+        n, d = study.sae.n_features(run.shape.d_model), run.shape.d_model
+        cells, sae = len(run.checkpoints), (2 * n * d + n + d) * len(study.sae.seeds)
+        choosers = cells if study.sae.lr_choice != "final" else int(run.control != "frozen_decoder")
+        # Where groups are fewer than workers they are split, into parts that are no more together.
+        for group in layer_groups(run.layers, d, lm_memory(study, run.shape, len(run.layers)), study.sae, memory):
+            choosing += [sae * len(group) * len(study.sae.lr)] * choosers
+            chosen += [sae * len(group)] * (cells - choosers)
+    largest = max(sum(sorted(wave, reverse=True)[:workers]) for wave in (models, choosing, chosen))
+    return STATES_KEPT * PER_WEIGHT * BYTES * largest
 
 
 def known_rates(study: Study, workers: int) -> Rates | None:
@@ -170,6 +210,9 @@ def _explain(study: Study, found: Forecast, console: Console) -> None:
         )
     else:
         console.print("Memory: peak of one process; groups: language model passes of a cell, as many as compute.memory_gb needs.")
+    if found.states:
+        console.print(f"Disk: what stays; the total has {describe_memory(found.states)} more, for the states of trainings at work "
+                      "(compute.checkpoint_minutes), which are gone when these are done.")  # fmt: skip
 
 
 def warnings(study: Study, found: Forecast, out: Path | None) -> list[str]:

@@ -40,6 +40,9 @@ LIBRARIES = (
 )
 
 
+WITH_STATES = {"pretrain": pretraining.waiting, "train": training.waiting}  # stage -> the states of its units
+
+
 class RunResult(NamedTuple):
     """What became of a run."""
 
@@ -97,10 +100,21 @@ def run_study(
                 result = RunResult(result.failures + new, stage)
                 if new:
                     explain(console, outcome, stage)
+                if not outcome.failures and stage in WITH_STATES:
+                    _remove_states(context, stage)
                 # The report needs no intervention: it shows those that could be finished.
                 if outcome.failures and stage != "intervene":
                     break
     return result
+
+
+def _remove_states(context: Context, stage: str) -> None:
+    """Remove states that nothing goes on from: their unit was stopped after its last result and before it removed them."""
+    for waiting in WITH_STATES[stage](context):
+        if waiting.steps is None:
+            context.store.remove(waiting.folder)
+            with contextlib.suppress(OSError):  # others' states are there
+                waiting.folder.parent.rmdir()
 
 
 def preflight(study: Study) -> None:
@@ -405,9 +419,7 @@ def status(root: Path) -> list[StageStatus]:
             unknown = stage  # an earlier stage has to run before its units can be told
     rows = []
     blocked = False
-    halfway = {"pretrain": pretraining.waiting(context)}
-    if unknown is None:
-        halfway["train"] = training.waiting(context)
+    halfway = {stage: found(context) for stage, found in WITH_STATES.items() if stage == "pretrain" or unknown is None}
     for stage in STAGES:
         if blocked or (unknown is not None and STAGES.index(stage) >= STAGES.index(unknown)):
             rows.append(StageStatus(stage, -1, "waits for the stages before"))
@@ -437,7 +449,7 @@ def clean(root: Path, *, dry_run: bool = False) -> list[tuple[Path, int]]:
                 seeds = sorted(layer.glob("seed_*"))
                 unwanted = [s for s in seeds if s not in wanted]
                 removed += [(layer, 0)] if seeds and len(unwanted) == len(seeds) else [(s, 0) for s in unwanted]
-        removed += [(w.folder, 0) for w in (*pretraining.waiting(context), *training.waiting(context)) if w.steps is None]
+        removed += [(w.folder, 0) for found in WITH_STATES.values() for w in found(context) if w.steps is None]
         for run in pretraining.pretrained_runs(context):
             removed += [(p, 0) for p in sorted(store.model_dir(run.name).glob("step_*")) if p not in wanted]
         if dry_run:

@@ -251,7 +251,8 @@ def pretrain_model(root: str, name: str, report: Any) -> None:
 
     def progress(step: int, row: dict[str, float]) -> None:
         if step % 20 == 0 or step == spec.steps:
-            report(step, spec.steps, f"loss {row['loss']:.2f}{keeper.words}")
+            with keeper.calm():
+                report(step, spec.steps, f"loss {row['loss']:.2f}{keeper.words}")
 
     with keeper:
         log = pretrain(

@@ -67,8 +67,8 @@ def surroundings(device: torch.device, **more: Any) -> dict[str, Any]:
 class Keeper:
     """Keeps the state of one training: every so often, and once more when the run is stopped.
 
-    As a context manager around the training it makes SIGINT and SIGTERM wait for the end of `held` blocks, writes a last
-    state, and lets them do what they do.
+    As a context manager around the training it makes SIGINT and SIGTERM wait for the end of `held` and `calm` blocks,
+    writes a last state, and lets them do what they do.
 
     Args:
         folder: where its states go; those of other settings there make way for the first one written.
@@ -112,14 +112,23 @@ class Keeper:
     def tick(self) -> None:
         """Between two steps: write a state if it is time."""
         if self._minutes and time.monotonic() >= self._next:
-            self._write()
+            with self.calm():
+                self._write()
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
         """A step: in it the training is neither before nor after it, and signals wait."""
-        self._holding, self._whole = True, False
+        with self.calm():
+            self._whole = False
+            yield
+            self._whole = True
+
+    @contextlib.contextmanager
+    def calm(self) -> Iterator[None]:
+        """Signals wait: for what takes locks of Python's, such as telling of progress, which an exception leaves in disorder."""
+        self._holding = True
         yield
-        self._holding, self._whole = False, True
+        self._holding = False
         if self._stopped_by is not None:
             raise KeyboardInterrupt
 

@@ -153,14 +153,17 @@ def train_cell(root: str, model: str, step: int, layers: tuple[int, ...], report
                     raise NonFiniteError(f"cell {cell.name}, {error}") from None
             keeper.tick()
             if (training.steps - 1) % 25 == 0:
-                report(training.steps - 1, sae.n_steps, f"loss {training.loss:.3f}{keeper.words}")
-        report(sae.n_steps, sae.n_steps, "validation")
+                with keeper.calm():
+                    report(training.steps - 1, sae.n_steps, f"loss {training.loss:.3f}{keeper.words}")
+        with keeper.calm():
+            report(sae.n_steps, sae.n_steps, "validation")
         validation = _validate(context, lm, cell, training.trainers, layers)
     for layer in layers:
-        # The first seed chooses for all, so that seeds can be added later.
+        # The first seed chooses for all, so that seeds can be added later. It is saved last: until it is there, a run that
+        # was stopped in between tries the whole grid again, for every seed.
         chooser = min(seeds[layer])
         chosen = min(rates[layer], key=lambda lr: (validation[layer, lr, chooser], lr))
-        for seed in seeds[layer]:
+        for seed in sorted(seeds[layer], reverse=True):
             losses = {lr: validation[layer, lr, seed] for lr in rates[layer]}
             _save(context, cell, training, (layer, chosen, seed), losses)
     keeper.done(missing_parts(context, cell, cell.model.known_layers()))
