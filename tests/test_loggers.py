@@ -34,7 +34,8 @@ from glottoscope.study.store import RunStore
 
 BOTH = {"tensorboard": True, "wandb": {"project": "p"}}
 LOGGED = planted(logging=BOTH)
-RESULTS = ("cells/**/*", "models/**/*", "rulers/**/*", "tables/*", "tokens/**/*", "manifest.json", "report/**/*")
+RESULTS = ("cells/**/*", "models/**/*", "rulers/**/*", "tables/*", "tokens/**/*", "report/**/*")
+MANIFEST = ("manifest.json",)
 needs_tensorboard = pytest.mark.skipif(importlib.util.find_spec("tensorboard") is None, reason="tensorboard is not installed")
 needs_wandb = pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="wandb is not installed")
 
@@ -82,6 +83,7 @@ def test_logging_changes_no_key_no_hash_and_no_result(plain: RunStore, tmp_path:
     for raw in (LOGGED, planted(logging={"wandb": {"project": "q", "mode": "offline"}}), planted()):
         logged(raw, store.root, until="report")
         assert state(store.root, RESULTS) == before
+        assert contents(store.root, MANIFEST) == contents(plain.root, MANIFEST)
         assert store.study().logging == as_study(raw).logging
     assert sum(work_done(store, n).values()) == 0
     assert store.study_path.read_bytes() == plain.study_path.read_bytes()
@@ -89,7 +91,7 @@ def test_logging_changes_no_key_no_hash_and_no_result(plain: RunStore, tmp_path:
 
 def test_the_report_of_a_logged_run_is_that_of_another(plain: RunStore, tmp_path: Path) -> None:
     store = run(LOGGED, tmp_path / "run", until="report")
-    assert contents(store.root, RESULTS) == contents(plain.root, RESULTS)
+    assert contents(store.root, (*RESULTS, *MANIFEST)) == contents(plain.root, (*RESULTS, *MANIFEST))
 
 
 def test_a_merge_keeps_the_logging_of_the_first(plain: RunStore, tmp_path: Path) -> None:

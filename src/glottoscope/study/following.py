@@ -21,6 +21,7 @@ LOOK_S = 2.0  # between two looks at the files
 KEEP_S = 10.0  # at most this often is it written down what was handed over
 CHUNK = 2**18  # bytes of a file read at one look
 MOST = 10_000  # points handed over at one look, about
+MARK = 64  # bytes that tell whether a file is still the one that was read: times are among them
 
 
 class Logger(Protocol):
@@ -40,7 +41,7 @@ class Tail:
 
     def __init__(self, folder: Path, notes: Path) -> None:
         self._folder, self._notes = folder, notes
-        self._places: dict[str, tuple[int, int]] = {}  # file -> inode, bytes read
+        self._places: dict[str, tuple[int, bytes]] = {}  # file -> bytes read, the last of them
         self._sent = _read_notes(notes)  # series -> attempt and step of its last point
 
     def read(self) -> list[Point]:
@@ -54,21 +55,25 @@ class Tail:
         return found
 
     def _new(self, path: Path) -> list[Point]:
+        found: list[Point] = []
         with open(path, "rb") as handle:
-            status = os.fstat(handle.fileno())
-            inode, start = self._places.get(path.name, (status.st_ino, 0))
-            if inode != status.st_ino or start > status.st_size:  # its unit began anew
-                start = 0
-            if start == status.st_size:
-                return []
-            handle.seek(start)
-            text = handle.read(CHUNK)
-        end = text.rfind(b"\n") + 1
-        if not end and len(text) == CHUNK:  # no line of ours
-            end = CHUNK
-        self._places[path.name] = (status.st_ino, start + end)
+            start, mark = self._places.get(path.name, (0, b""))
+            handle.seek(start - len(mark))
+            if handle.read(len(mark)) != mark:  # its unit began anew
+                start = handle.seek(0)
+            while not found and (text := handle.read(CHUNK)):
+                end = text.rfind(b"\n") + 1
+                if not end and len(text) < CHUNK:  # half a line
+                    break
+                read = text[: end or CHUNK]  # so long a line is none of ours
+                start = handle.seek(start + len(read))
+                self._places[path.name] = start, read[-MARK:]
+                found += self._unsent(read)
+        return found
+
+    def _unsent(self, text: bytes) -> list[Point]:
         found = []
-        for point in parse(text[:end]):
+        for point in parse(text):
             name, at = json.dumps(series_of(point)), (int(point.get("attempt") or 0), point["step"])
             if at > self._sent.get(name, (-1, -1)):
                 self._sent[name] = at
