@@ -84,7 +84,8 @@ def run_study(
             context.downloads.clear()  # what a killed process fetched
         if isinstance(study.corpus, TextCorpus):
             store.record_sources({str(corpus_path(study.corpus, p)): h for p, h in context.source_hashes.items()})
-        with open_engine(study, store, console, workers, machines) as engine, telling(study, store, console):
+        # Loggers end after the units: they may take their time.
+        with telling(study, store, console), open_engine(study, store, console, workers, machines) as engine:
             result = RunResult([], STAGES[0])
             for stage, units in stages(context, memory_of(engine, study), engine.slots):
                 if STAGES.index(stage) > STAGES.index(until):
