@@ -178,10 +178,10 @@ def test_lines_of_other_settings_and_torn_ones_are_written_again(tmp_path: Path)
     for step in range(5):
         first.add([{"step": step, "loss": step / 3, "tokens": step}])
     text = path.read_bytes()
-    path.write_bytes(text[:-10] + b"\xff\n7\n[]\n")  # a crash of the machine
+    path.write_bytes(text[:-10] + b'\xff\n7\n[]\n{"step": 9, "unit": "u", "model": []}\n')  # a crash of the machine
     again = MetricsFile(path, {"unit": "u"})
     again.begin([{"step": n, "loss": n / 3 if n != 2 else 0.5, "tokens": n} for n in range(5)])
-    assert len(list(points(path))) == 4  # nothing is lost before there is something new
+    assert len(list(points(path))) == 5  # nothing is lost before there is something new
     again.add([{"step": 5, "loss": float("nan"), "tokens": 5}])
     lines = path.read_bytes().splitlines()
     found = [json.loads(x) for x in lines]

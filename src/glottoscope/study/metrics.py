@@ -50,11 +50,11 @@ class MetricsFile:
         """Start, or go on after the points that the training knows already. Nothing is written before the next `add`."""
         before = list(points(self._path))
         self._attempt = 1 + max((p["attempt"] for p in before if isinstance(p.get("attempt"), int)), default=0)
-        old = {(*series_of(p), p.get("step")): p for p in before}
+        old = {_place(p): p for p in before}
         lines, self._tokens, is_same = [], 0, True
         for point in known:
             whole = {**self._about, **_plain(point)}
-            same = old.get((*series_of(whole), whole["step"]))
+            same = old.get(_place(whole))
             # A line of other settings may have the same step, but not the same numbers. Attempts only go up in a file.
             is_same = is_same and same is not None and {k: v for k, v in same.items() if k not in ADDED} == whole
             lines.append(_line(same if is_same and same is not None else {**whole, **self._made(None)}))
@@ -115,6 +115,11 @@ def is_last(point: Mapping[str, Any]) -> bool:
     """Whether a point is the last of its training. SAE steps count from 0, as in training.parquet; updates of a model from 1."""
     made = point["step"] + (1 if point.get("stage") == "train" else 0)
     return made >= point.get("steps", math.inf)
+
+
+def _place(point: Mapping[str, Any]) -> str:
+    """Series and step as text, whatever a damaged line holds in their place."""
+    return json.dumps([*series_of(point), point["step"]])
 
 
 def _plain(point: Mapping[str, Any]) -> Point:
