@@ -69,14 +69,14 @@ def test_killed_at_a_random_moment(whole: Reference, drawn: list[Moment], number
         run = Run(whole.study, root)
     before = list(session_of(run.pid))
     done = run.stop(moment.kind, rng)
-    words = [f"{moment}: {done}; hit {hit(run)}"]
+    words = [f"{moment}: {done}; hit {hit(run, whole.stages)}"]
     ended(run, moment.kind)
     if moment.again is not None:
         run = following(whole, root, before)
         if wait_until(run, Moment(number, "all", None, moment.again, None)):
             before = list(session_of(run.pid))
             run.stop("all", rng)
-            words.append(f"again after {moment.again:.2f} s; hit {hit(run)}")
+            words.append(f"again after {moment.again:.2f} s; hit {hit(run, whole.stages)}")
             ended(run, "all")
         else:
             words.append(f"over before {moment.again:.2f} s")
