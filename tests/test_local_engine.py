@@ -63,6 +63,18 @@ def test_workers_keep_to_their_places(tmp_path: Path) -> None:
     assert threading.active_count() <= threads + 1
 
 
+def test_workers_hold_the_run_directory_with_their_driver(tmp_path: Path) -> None:
+    units = [Unit(f"unit {i}", do_nothing, (str(tmp_path),)) for i in range(2)]
+    store = RunStore(tmp_path)
+    with store.lock(), LocalEngine(store, 2, 1, Console(file=StringIO())) as engine:
+        assert not engine.run("train", units).failures
+        assert engine._pool is not None
+        for pid in engine._pool._processes or {}:
+            assert str(tmp_path / ".lock") in {os.readlink(p) for p in Path(f"/proc/{pid}/fd").iterdir()}
+    with store.lock():
+        pass
+
+
 def do_nothing(_root: str, _report: Any) -> None:
     """A unit that is done at once."""
 

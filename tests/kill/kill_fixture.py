@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -100,6 +101,7 @@ class Run:
     def __init__(self, study: Path, root: Path) -> None:
         self.root = root
         self.lines = len(log_of(root))
+        self.frozen: list[Process] = []
         self.errors = root.with_name(f"{root.name}.stderr")
         arguments = ["run", study, "--out", root, "--workers", WORKERS, "--plain"]
         with open(self.errors, "w", encoding="utf-8") as errors:
@@ -145,15 +147,25 @@ class Run:
                 return f"SIGKILL to worker {victim.pid} of {len(workers)}"
             kind = "driver"  # before there are workers
         number, group = KINDS[kind]
+        if kind == "frozen":  # its workers cannot see that it was killed
+            self.frozen = workers_of(self.pid)
+            for worker in self.frozen:
+                os.kill(worker.pid, signal.SIGSTOP)
         (os.killpg if group else os.kill)(self.pid, number)
-        return f"{number.name} to {'all' if group else 'the driver'}"
+        whom = "all" if group else f"the driver, {len(self.frozen)} worker(s) frozen" if self.frozen else "the driver"
+        return f"{number.name} to {whom}"
 
 
 # Kind -> signal, and whether the whole process group gets it, as from a terminal.
 KINDS = {
-    "all": (signal.SIGKILL, True), "driver": (signal.SIGKILL, False), "worker": (signal.SIGKILL, False),
+    "all": (signal.SIGKILL, True), "driver": (signal.SIGKILL, False), "frozen": (signal.SIGKILL, False),
+    "worker": (signal.SIGKILL, False),
     "terminate": (signal.SIGTERM, False), "terminate all": (signal.SIGTERM, True), "ctrl-c": (signal.SIGINT, True),
 }  # fmt: skip
+
+
+CYCLE = ("all", "frozen", "ctrl-c", "all", "all", "worker", "terminate", "all",
+         "all", "driver", "ctrl-c", "all", "all", "worker", "terminate all", "all")  # fmt: skip
 
 
 # ---- the reference, and moments
@@ -216,18 +228,16 @@ class Moment(NamedTuple):
 def moments(found: Reference, count: int, rng: random.Random) -> list[Moment]:
     """Moments of the run's wall time: any time, then within each step that takes long enough, in turn and drawn order.
 
-    Half of them kill everything, the others the driver or one worker; every fourth is followed by a second one. Two more
-    are a SIGTERM and a Ctrl-C.
+    Half of them kill everything, the others the driver or one worker, or are a SIGTERM or a Ctrl-C; every fourth is followed
+    by a second one.
     """
     long: list[Span | None] = [s for s in found.spans if s.end - s.start >= SHORT_S]
     strata: list[Span | None] = rng.sample([None, *long], k=len(long) + 1)
-    kinds = ["all", "driver", "all", "worker"]
-    kinds = [kinds[i % 4] for i in range(count)] + ["terminate" if rng.random() < 0.5 else "terminate all", "ctrl-c"]
     drawn = []
-    for number, kind in enumerate(kinds):
+    for number, kind in enumerate(itertools.islice(itertools.cycle(CYCLE), count)):
         span = strata[number % len(strata)]
         length = found.seconds if span is None else span.end - span.start
-        again = rng.random() * found.seconds if number % 4 == 2 else None
+        again = rng.random() * found.seconds if number % 4 == 0 else None
         drawn.append(Moment(number, kind, span, rng.random() * length, again))
     return drawn
 
