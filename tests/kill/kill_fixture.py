@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -186,6 +187,7 @@ class Reference(NamedTuple):
     study: Path
     root: Path
     seconds: float
+    cpu: float  # seconds of all its processes
     stages: list[str]  # of the lines of its log
     spans: list[Span]
     contents: dict[str, str]
@@ -195,6 +197,7 @@ def reference(folder: Path) -> Reference:
     """Run the study, and watch when which stage is at work."""
     study, root = folder / "study.toml", folder / "reference"
     study.write_text(tomli_w.dumps(STUDY), encoding="utf-8")
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     run = Run(study, root)
     first: dict[int, float] = {}
     last: dict[int, float] = {}
@@ -206,9 +209,11 @@ def reference(folder: Path) -> Reference:
         time.sleep(0.01)
     seconds = time.monotonic() - run.started
     assert run.end() == 0, run.said
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     names = [row["stage"] for row in log_of(root)]
     spans = [Span(n, names[n], start, last.get(n, seconds)) for n, start in first.items() if n < len(names)]
-    return Reference(study, root, seconds, names, spans, contents(root))
+    return Reference(study, root, seconds, cpu, names, spans, contents(root))
 
 
 class Moment(NamedTuple):
@@ -231,11 +236,13 @@ def moments(found: Reference, count: int, rng: random.Random) -> list[Moment]:
     Half of them kill everything, the others the driver or one worker, or are a SIGTERM or a Ctrl-C; every fourth is followed
     by a second one.
     """
-    long: list[Span | None] = [s for s in found.spans if s.end - s.start >= SHORT_S]
+    long = [s for s in found.spans if s.end - s.start >= SHORT_S]
     strata: list[Span | None] = rng.sample([None, *long], k=len(long) + 1)
     drawn = []
     for number, kind in enumerate(itertools.islice(itertools.cycle(CYCLE), count)):
         span = strata[number % len(strata)]
+        if span is None and KINDS[kind][0] != signal.SIGKILL:
+            span = rng.choice(long)  # signals are answered from when the run says what it does
         length = found.seconds if span is None else span.end - span.start
         again = rng.random() * found.seconds if number % 4 == 0 else None
         drawn.append(Moment(number, kind, span, rng.random() * length, again))

@@ -40,7 +40,9 @@ STOPPED = "glottoscope: interrupted; the same command continues where it stopped
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Reference:
     found = reference(tmp_path_factory.mktemp("kill"))
-    print(f"\nSEED={SEED} KILLS={KILLS}; uninterrupted: {found.seconds:.1f} s, {len(found.contents)} files")
+    print(
+        f"\nSEED={SEED} KILLS={KILLS}; uninterrupted: {found.seconds:.1f} s ({found.cpu:.1f} s of CPU), {len(found.contents)} files"
+    )
     print(", ".join(f"{s.stage} ({s.place}) {s.start:.1f}-{s.end:.1f}" for s in found.spans))
     return found
 
@@ -67,15 +69,15 @@ def test_killed_at_a_random_moment(whole: Reference, drawn: list[Moment], number
         moment = moment._replace(after=moment.after / 2)
         run = Run(whole.study, root)
     before = list(session_of(run.pid))
-    done = run.stop(moment.kind, rng)
-    words = [f"{moment}: {done}; hit {hit(run, whole.stages)}"]
+    where = hit(run, whole.stages)
+    words = [f"{moment}: {run.stop(moment.kind, rng)}; hit {where}"]
     ended(run, moment.kind)
     if moment.again is not None:
         run = following(whole, run, before)
         if wait_until(run, Moment(number, "all", None, moment.again, None)):
             before = list(session_of(run.pid))
-            run.stop("all", rng)
             words.append(f"again after {moment.again:.2f} s; hit {hit(run, whole.stages)}")
+            run.stop("all", rng)
             ended(run, "all")
         else:
             words.append(f"over before {moment.again:.2f} s")
