@@ -286,7 +286,7 @@ class RunStore:
     def recorded_shapes(self) -> dict[str, dict[str, int]]:
         """What `record_shapes` kept; empty where nothing was."""
         record = self.done(self.root).get("shapes")
-        return dict(record["settings"].get("shapes", {})) if artefacts.is_whole("shapes", record) else {}
+        return dict(record["settings"]["shapes"]) if record and artefacts.is_whole("shapes", record) else {}
 
     @property
     def log_path(self) -> Path:
