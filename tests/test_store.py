@@ -293,13 +293,15 @@ def test_what_others_remove_meanwhile_is_passed_over(walk: str, tmp_path: Path, 
         (store.cells_dir / name / "layer_00").mkdir(parents=True)
         (store.cells_dir / name / "layer_00" / "x").write_bytes(b"123")
 
-    def overtaken(path: Any = ".") -> Listing:
+    with scandir(store.cells_dir) as entries:
+        listing = list(entries)
+
+    def overtaken(path: Any = ".") -> Any:
         """A listing with a folder that is gone when its turn comes."""
-        with scandir(path) as entries:
-            found = list(entries)
-        if str(path) == str(store.cells_dir):
-            shutil.rmtree(store.cells_dir / "gone", ignore_errors=True)
-        return Listing(found)
+        if str(path) != str(store.cells_dir):
+            return scandir(path)
+        shutil.rmtree(store.cells_dir / "gone", ignore_errors=True)
+        return Listing(listing)
 
     look, before, after = WALKS[walk]
     assert look(store) == before
