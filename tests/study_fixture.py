@@ -180,6 +180,41 @@ def text_study(folder: Path, languages: Sequence[str] = ("en", "ja"), *, aligned
     return merged(raw, changes)
 
 
+def write_hub(hub: Path, texts: Sequence[str], revisions: Sequence[str] = ("step0", "step10")) -> None:
+    """A folder that stands for a hub, with the random checkpoints of owner/lm and their tokenizer."""
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    from glottoscope.lm.tokenizer import train_tokenizer
+
+    for revision in revisions:
+        folder = hub / "owner" / "lm" / revision
+        train_tokenizer(iter(texts), folder, vocab_size=400)
+        config = LlamaConfig(
+            vocab_size=400, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=2, max_position_embeddings=64,
+        )  # fmt: skip
+        with torch.random.fork_rng():
+            torch.manual_seed(len(revision))
+            AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+
+
+def hub_study(folder: Path, **changes: Any) -> dict[str, Any]:
+    """The tiny study on checkpoints of a hub that only their config.json tells the size of; writes its text and its hub."""
+    write_text(folder / "text")
+    write_hub(folder / "hub", [sentence(x, a, b) for x in ("en", "ja") for a in range(16) for b in range(16)])
+    raw = text_study(folder / "text")
+    del raw["corpus"]["tokenizer_training"]
+    raw["models"] = [
+        {
+            "name": "m", "source": "checkpoints", "hub_id": "owner/lm",
+            "checkpoints": [{"step": s, "tokens_seen": 1000 * s, "revision": f"step{s}"} for s in (0, 10)],
+        }
+    ]  # fmt: skip
+    raw["compute"] = {**raw["compute"], "hub": str(folder / "hub"), "remove_downloads": True}
+    return merged(raw, changes)
+
+
 # ---- the program as its users start it
 
 

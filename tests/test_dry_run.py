@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
+import pytest
 import tomli_w
-from study_fixture import PLANTED, command, planted, work_done
+from study_fixture import BRIEF, PLANTED, command, hub_study, planted, work_done
 from test_scaling import CUT
 
-from glottoscope.study.store import RunStore
+import glottoscope as gs
+from glottoscope.lm.hub import FolderHub
+from glottoscope.study.store import RunStore, json_text
 
 
 def everything(root: Path) -> dict[str, bytes]:
@@ -73,3 +78,55 @@ def test_intervene_and_clean_of_a_finished_run(tiny: RunStore, tmp_path: Path) -
     assert command("intervene", root, "--base", "7", "--dry-run").code == 2
     assert "would remove" in command("clean", root, "--dry-run").out
     assert everything(root) == before
+
+
+def test_checkpoints_of_a_hub_whose_size_only_they_tell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fetch, configs = FolderHub.fetch, []
+
+    def counting(hub: FolderHub, repo: str, revision: str, names: Iterable[str], folder: Path) -> None:
+        configs.extend(folder for _ in range(set(names) == {"config.json"}))
+        fetch(hub, repo, revision, names, folder)
+
+    monkeypatch.setattr(FolderHub, "fetch", counting)
+    path, out, here = tmp_path / "hub.toml", tmp_path / "out", tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    path.write_text(tomli_w.dumps(hub_study(tmp_path, intervention=BRIEF)), encoding="utf-8")
+    arguments = ("run", path, "--out", out, "--workers", "1", "--until", "score")
+    said = command(*arguments, "--dry-run")
+    assert said.code == 0, said.err
+    assert units(said.out)["tokens"] == "1"
+    assert not out.exists()
+    assert not list(here.iterdir())
+    configs.clear()
+    assert command(*arguments).code == 0
+    # Once to look at the interventions, once by the driver; no unit asks again.
+    assert len(configs) == 2
+    assert not any(folder.exists() for folder in configs)
+
+    def look() -> int:
+        assert command("status", out).code == 0
+        assert command(*arguments, "--dry-run").code == 0
+        return gs.load_run(out).features_dataset.count_rows()
+
+    before = contents(out)
+    n_rows = look()
+    assert n_rows == 2 * 2 * 32
+    assert contents(out) == before
+    record = json.loads((out / "done.json").read_text(encoding="utf-8"))
+    del record["shapes"]  # as an earlier version left it
+    (out / "done.json").write_text(json_text(record), encoding="utf-8")
+    before = contents(out)
+    assert look() == n_rows
+    assert contents(out) == before
+    # What a run recorded is enough to look at it where its hub is not reached.
+    assert command(*arguments).code == 0
+    (tmp_path / "hub").rename(tmp_path / "away")
+    assert command("status", out).code == 0
+    assert gs.load_run(out).features_dataset.count_rows() == n_rows
+
+
+def contents(root: Path) -> dict[str, tuple[int, bytes]]:
+    """Every file and folder with the time of its last change: making a file and removing it shows, too."""
+    found = {str(p.relative_to(root)): p for p in sorted(root.rglob("*"))}
+    return {name: (p.stat().st_mtime_ns, p.read_bytes() if p.is_file() else b"") for name, p in [("", root), *found.items()]}

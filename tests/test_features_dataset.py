@@ -8,11 +8,13 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.dataset as ds
 import pytest
-from study_fixture import PLANTED, run
+from study_fixture import PLANTED, planted, run
 
 import glottoscope as gs
 from glottoscope.errors import InputError
-from glottoscope.study.store import RunStore
+from glottoscope.study.stages.context import Context
+from glottoscope.study.stages.scoring import score_layer
+from glottoscope.study.store import RunStore, read_parquet
 
 
 def test_it_holds_the_rows_of_the_table_in_their_order(tiny: RunStore) -> None:
@@ -45,6 +47,22 @@ def test_setups_that_are_not_scored_yet_are_left_out(tiny: RunStore, tmp_path: P
     dataset = gs.load_run(store.root).features_dataset
     assert dataset.count_rows() == 3 * 32
     assert dataset.count_rows(filter=(ds.field("step") == 20) & (ds.field("layer") == 1)) == 0
+
+
+def test_rows_of_old_settings_are_not_mixed_with_new_ones(tiny: RunStore, tmp_path: Path) -> None:
+    shutil.copytree(tiny.root, tmp_path / "run", ignore=shutil.ignore_patterns(".lock*"))
+    store = RunStore(tmp_path / "run")
+    changed = planted(features={"threshold": 0.9})
+    run(changed, store.root, until="features")  # the new settings are written, and nothing is scored with them yet
+    assert gs.load_run(store.root).features_dataset.to_table().equals(store.table("features"))
+    context = Context.open(store.root)
+    cell = context.cell_of("m", 20)
+    layer, seed = next(context.setups(cell))
+    key, folder = context.score_key(cell, layer, seed), store.setup_dir("m", 20, layer, seed)
+    score_layer(str(store.root), "m", layer, ((20, seed),), lambda *_: None)
+    assert store.is_done(folder, "score", key)
+    rows = gs.load_run(store.root).features_dataset.to_table()
+    assert rows.equals(read_parquet(folder / "features.parquet"))
 
 
 def test_where_nothing_is_scored_it_says_what_to_do(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,14 +12,22 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import unquote
 
 import pytest
-from study_fixture import environment
+import torch
+from study_fixture import as_study, environment, hub_study, write_hub
 
 from glottoscope.errors import InputError
+from glottoscope.lm import reservations
+from glottoscope.lm.checkpoints import Checkpoint, load_lm
 from glottoscope.lm.hub import Downloads, FolderHub, choose_files
+from glottoscope.study.stages.context import Context
+from glottoscope.study.stages.tokenizing import make_tokenizer
+from glottoscope.study.store import RunStore
+from glottoscope.walking import tree_size
 
 WEIGHTS = 50_000
 
@@ -47,6 +56,58 @@ def test_only_what_loading_needs_is_chosen() -> None:
     assert set(choose_files(here, "model")) == {"config.json", "tokenizer.model", "model.safetensors"}
     del here["model.safetensors"]
     assert set(choose_files(here, "model")) == {"config.json", "tokenizer.model", "pytorch_model.bin"}
+
+
+SAFE = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json")
+PICKLED = ("pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin", "pytorch_model.bin.index.json")
+
+
+@pytest.mark.parametrize(
+    ("lying", "wanted"),
+    [
+        ((*SAFE, *PICKLED, "consolidated.safetensors"), SAFE),
+        ((*PICKLED, "consolidated.safetensors", "model.safetensors.index.json"), PICKLED),
+        (("model.safetensors", *SAFE, *PICKLED), ("model.safetensors",)),
+        (("adapter.safetensors", "pytorch_model.bin"), ("pytorch_model.bin",)),
+        (("weights.safetensors",), ("weights.safetensors",)),  # loading says what is missing
+    ],
+)  # fmt: skip
+def test_of_two_formats_one_is_chosen_with_its_index(lying: tuple[str, ...], wanted: tuple[str, ...]) -> None:
+    here = dict.fromkeys(("config.json", "tokenizer.json", *lying), 1)
+    assert set(choose_files(here, "model")) == {"config.json", "tokenizer.json", *wanted}
+    assert set(choose_files(here, "tokenizer")) == {"config.json", "tokenizer.json"}
+
+
+def test_a_sharded_repository_of_both_formats_loads(tmp_path: Path) -> None:
+    write_hub(tmp_path / "hub", ["a b c"], ["step0"])
+    folder = tmp_path / "hub" / "owner" / "lm" / "step0"
+    model = load_lm(Checkpoint(str(folder), 0, 0))
+    (folder / "model.safetensors").rename(folder / "consolidated.safetensors")
+    model.save_pretrained(folder, max_shard_size="40KB")
+    index = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))
+    shards = sorted(set(index["weight_map"].values()))
+    assert len(shards) > 1
+    named = {
+        name: shard.replace("model", "pytorch_model").replace("safetensors", "bin") for name, shard in index["weight_map"].items()
+    }
+    for shard in set(named.values()):
+        torch.save({name: model.state_dict()[name] for name in named if named[name] == shard}, folder / shard)
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({**index, "weight_map": named}), encoding="utf-8")
+    with Downloads(tmp_path / "d", FolderHub(tmp_path / "hub"), remove=True).held("owner/lm", "step0") as place:
+        assert sorted(p.name for p in place.glob("*.safetensors")) == shards
+        loaded = load_lm(Checkpoint(str(place), 0, 0))
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor)
+
+
+def test_a_configuration_takes_no_room_and_leaves_nothing(hub: FolderHub, tmp_path: Path) -> None:
+    with Downloads(tmp_path / "d", hub, budget=1).held("owner/lm", "step0", "config") as folder:
+        assert [p.name for p in folder.iterdir()] == ["config.json"]
+    assert not folder.exists()
+    assert not (tmp_path / "d").exists()
+    (hub.root / "owner" / "lm" / "step0" / "config.json").unlink()
+    with pytest.raises(InputError, match=r"owner/lm at revision step0 holds no config\.json"):
+        Downloads(tmp_path / "d", hub).held("owner/lm", "step0", "config").__enter__()
 
 
 def test_removed_after_the_block(hub: FolderHub, tmp_path: Path) -> None:
@@ -116,6 +177,110 @@ def test_those_who_need_room_wait_for_each_other(hub: FolderHub, tmp_path: Path)
         thread.join(60)
     assert failures == []
     assert 1 <= most <= 2
+    assert names(tmp_path / "d") == []
+
+
+def small_disk(folder: Path, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the folder pass for a disk of so many bytes."""
+
+    def usage(_: Path) -> SimpleNamespace:
+        return SimpleNamespace(free=size - tree_size(folder))
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+
+
+@pytest.mark.parametrize("remove", [True, False])
+def test_what_others_have_fetched_is_not_counted_twice(
+    hub: FolderHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, remove: bool
+) -> None:
+    small_disk(tmp_path / "d", int(2.6 * WEIGHTS), monkeypatch)
+    downloads = Downloads(tmp_path / "d", hub, remove=remove)
+    with downloads.held("owner/lm", "step0"), downloads.held("owner/lm", "step1") as folder:
+        assert (folder / "model.safetensors").read_bytes()[0] == 1
+
+
+def test_room_that_others_will_let_go_of_is_waited_for(hub: FolderHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small_disk(tmp_path / "d", int(1.5 * WEIGHTS), monkeypatch)
+    downloads, read = Downloads(tmp_path / "d", hub, remove=True), []
+
+    def second() -> None:
+        with Downloads(tmp_path / "d", hub, remove=True).held("owner/lm", "step1") as folder:
+            read.append((folder / "model.safetensors").read_bytes()[0])
+
+    thread = threading.Thread(target=second)
+    with downloads.held("owner/lm", "step0"):
+        thread.start()
+        thread.join(1)
+        assert thread.is_alive()
+        assert read == []
+    thread.join(30)
+    assert read == [1]
+    small_disk(tmp_path / "d", WEIGHTS // 2, monkeypatch)
+    with pytest.raises(InputError, match=r"step0 needs 0.050 MB and .* has 0.025 MB free: it is not fetched"):
+        downloads.held("owner/lm", "step0").__enter__()
+
+
+def test_a_study_whose_tokenizers_do_not_fit_together_waits_for_no_one(tmp_path: Path) -> None:
+    raw = hub_study(tmp_path)
+    sizes = choose_files(FolderHub(tmp_path / "hub").sizes("owner/lm", "step10"), "tokenizer")
+    raw["compute"]["disk_gb"] = 1.5 * sum(sizes.values()) / 1e9
+    study, store = as_study(raw, tmp_path), RunStore(tmp_path / "out")
+    store.create(study, {})
+    thread = threading.Thread(target=make_tokenizer, args=(str(store.root), lambda *_: None), daemon=True)
+    thread.start()
+    thread.join(60)
+    assert not thread.is_alive()
+    assert "tokenizer" in store.done(store.tokenizer_dir)
+
+
+ELSEWHERE = (
+    "import sys, time; from pathlib import Path\n"
+    "from glottoscope.lm import reservations; from glottoscope.lm.hub import Downloads, FolderHub\n"
+    # Another machine, which no lock of this one reaches.
+    "reservations.machine_id, reservations._flock, reservations.BEAT_S = lambda: 'elsewhere', lambda *_: None, 0.1\n"
+    "with Downloads(Path(sys.argv[1]), FolderHub(sys.argv[2]), budget=75_000, remove=True).held('owner/lm', 'step3') as folder:\n"
+    "    print('held', flush=True); time.sleep(60)"
+)
+
+
+def test_another_machines_checkpoint_stays_for_as_long_as_its_count_goes_up(
+    hub: FolderHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reservations, "STALE_S", 2.0)
+    here, read = Downloads(tmp_path / "d", hub, budget=75_000, remove=True), []
+
+    def second() -> None:
+        with here.held("owner/lm", "step0") as folder:
+            read.append((folder / "model.safetensors").read_bytes()[0])
+
+    arguments = (sys.executable, "-c", ELSEWHERE, str(tmp_path / "d"), str(hub.root))
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, env=environment()) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        thread = threading.Thread(target=second)
+        thread.start()
+        thread.join(4)
+        theirs = [n for n in names(tmp_path / "d") if n.startswith("owner--lm--step3-")]
+        assert weights_in(tmp_path / "d") == len(theirs) == 1
+        assert thread.is_alive()
+        process.send_signal(signal.SIGKILL)
+    thread.join(30)
+    assert read == [0]
+    assert names(tmp_path / "d") == []
+
+
+@pytest.mark.parametrize("remove", [True, False])
+def test_a_start_lets_go_of_what_none_at_work_here_holds(hub: FolderHub, tmp_path: Path, remove: bool) -> None:
+    arguments = (sys.executable, "-c", ELSEWHERE, str(tmp_path / "d"), str(hub.root))
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, env=environment()) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        process.send_signal(signal.SIGKILL)
+    downloads = Downloads(tmp_path / "d", hub, remove=True)
+    with downloads.held("owner/lm", "step0") as folder:
+        Downloads(tmp_path / "d", hub, remove=remove).clear()
+        assert [n for n in names(tmp_path / "d") if "step" in n] == [folder.name]
+        assert (folder / "model.safetensors").exists()
     assert names(tmp_path / "d") == []
 
 
@@ -209,3 +374,16 @@ def test_a_hub_that_is_asked_over_http(server: str, tmp_path: Path) -> None:
     assert left == "[]"
     assert error.startswith("the hub does not show owner/lm at revision step9:")
     assert not any("README.md" in x for x in Handler.asked)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="no /proc here says which files are mapped")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_model_whose_files_are_removed_maps_none_of_them(tmp_path: Path, dtype: str) -> None:
+    raw = hub_study(tmp_path, compute={"dtype": dtype})
+    for folder in (tmp_path / "hub" / "owner" / "lm").iterdir():
+        load_lm(Checkpoint(str(folder), 0, 0), dtype=dtype).save_pretrained(folder)  # as it is read: nothing is converted
+    store = RunStore(tmp_path / "out")
+    context = Context(as_study(raw, tmp_path), store)
+    model = context.load_lm(context.cells[0])
+    assert str(store.downloads_dir) not in Path("/proc/self/maps").read_text(encoding="utf-8")
+    assert {p.dtype for p in model.parameters()} == {getattr(torch, dtype)}

@@ -12,8 +12,8 @@ from study_fixture import SOURCE, environment
 
 PACKAGE = SOURCE / "glottoscope"
 MODULES = sorted(PACKAGE.rglob("*.py"))
-# Free to all: the one exception for bad input, and writing files whole.
-COMMON = {"glottoscope", "glottoscope.errors", "glottoscope.atomic"}
+# Free to all: the one exception for bad input, writing files whole, and what several rooms ask of folders and machine.
+COMMON = {"glottoscope", "glottoscope.errors", "glottoscope.atomic", "glottoscope.machine", "glottoscope.walking"}
 # Room -> what it may import of this package besides itself and COMMON. `intervention` is a later room.
 ALLOWED = {
     "corpus": (),
@@ -26,6 +26,8 @@ ALLOWED = {
     "cli": ("study",),
     "errors": (),
     "atomic": (),
+    "machine": (),
+    "walking": (),
 }
 FORBIDDEN_LIBRARIES = {
     "sae": ("transformers", "tokenizers", "datasets"),
@@ -33,7 +35,7 @@ FORBIDDEN_LIBRARIES = {
     "corpus": ("torch",),
     "report": ("torch", "transformers"),
 }
-LIGHT = ("cli", "errors", "atomic", "study.config", "study.load")  # what `--help` and a bad study file need
+LIGHT = ("cli", "errors", "atomic", "machine", "walking", "study.config", "study.load")  # what `--help` and a bad study file need
 HEAVY = ("torch", "transformers", "pyarrow", "scipy", "safetensors", "matplotlib", "tokenizers", "numpy")
 
 

@@ -115,6 +115,25 @@ def test_missing_shard_is_named(tmp_path: Path) -> None:
         load_lm(Checkpoint(str(tmp_path), 0, 0))
 
 
+def test_an_index_of_the_other_format_needs_no_shards(tmp_path: Path) -> None:
+    make(CONFIGS["llama"]).save_pretrained(tmp_path, max_shard_size="8KB")
+    index = (tmp_path / "model.safetensors.index.json").read_text()
+    (tmp_path / "pytorch_model.bin.index.json").write_text(index.replace(".safetensors", ".bin"))
+    assert load_lm(Checkpoint(str(tmp_path), 0, 0)).config.model_type == "llama"
+    (tmp_path / "model.safetensors.index.json").unlink()
+    with pytest.raises(InputError, match=r"lacks .*\.bin, which pytorch_model\.bin\.index\.json names"):
+        load_lm(Checkpoint(str(tmp_path), 0, 0))
+
+
+def test_tied_weights_stay_tied_without_their_files(tmp_path: Path) -> None:
+    make(LlamaConfig(**COMMON, tie_word_embeddings=True)).save_pretrained(tmp_path)
+    kept: Any = load_lm(Checkpoint(str(tmp_path), 0, 0))
+    model: Any = load_lm(Checkpoint(str(tmp_path), 0, 0), files_stay=False)
+    assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
+    for name, tensor in kept.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor)
+
+
 def test_weights_that_do_not_belong(saved: Checkpoint) -> None:
     change(saved, lambda t: t.pop("model.layers.1.mlp.up_proj.weight"))
     with pytest.raises(InputError, match=r"lacks the weight model\.layers\.1\.mlp\.up_proj\.weight"):

@@ -5,6 +5,9 @@ from __future__ import annotations
 import errno
 import json
 import multiprocessing
+import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,8 @@ from study_fixture import PLANTED, as_study, planted
 from glottoscope.atomic import TEMPORARY_PREFIX, atomic_path, is_disk_full, write_json, write_table, write_text
 from glottoscope.errors import InputError
 from glottoscope.study import artefacts
-from glottoscope.study.store import RunStore, digest, file_digest, read_parquet, tree_size
+from glottoscope.study.store import RunStore, digest, file_digest, read_parquet
+from glottoscope.walking import listed, tree_size
 
 MANIFEST: dict[str, Any] = {"glottoscope": "0"}
 
@@ -251,6 +255,63 @@ def test_leftovers_of_a_killed_process_are_found(tmp_path: Path) -> None:
     left = store.cells_dir / f"{TEMPORARY_PREFIX}01-a"
     left.mkdir(parents=True)
     assert store.leftovers() == [left]
+
+
+class Listing:
+    """What `os.scandir` gives, read to its end at once."""
+
+    def __init__(self, entries: list[os.DirEntry[str]]) -> None:
+        self._entries = iter(entries)
+
+    def __enter__(self) -> Listing:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def __iter__(self) -> Listing:
+        return self
+
+    def __next__(self) -> os.DirEntry[str]:
+        return next(self._entries)
+
+    def close(self) -> None:
+        pass
+
+
+WALKS: dict[str, tuple[Callable[[RunStore], Any], Any, Any]] = {  # walk, what it finds, what it finds once `gone` is
+    "size": (lambda store: tree_size(store.cells_dir), 12, 9),
+    "leftovers": (lambda store: [p.name for p in store.leftovers()], [".tmp-x", ".tmp-y"], [".tmp-x", ".tmp-y"]),
+    "glob": (lambda store: [p.parts[-3] for p in listed(store.cells_dir, "*/layer_*/x")], ["gone", "here"], ["here"]),
+}
+
+
+@pytest.mark.parametrize("walk", list(WALKS))
+def test_what_others_remove_meanwhile_is_passed_over(walk: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, scandir = RunStore(tmp_path), os.scandir
+    for name in ("gone", "here", ".tmp-x", ".tmp-y"):
+        (store.cells_dir / name / "layer_00").mkdir(parents=True)
+        (store.cells_dir / name / "layer_00" / "x").write_bytes(b"123")
+
+    with scandir(store.cells_dir) as entries:
+        listing = list(entries)
+
+    def overtaken(path: Any = ".") -> Any:
+        """A listing with a folder that is gone when its turn comes."""
+        if str(path) != str(store.cells_dir):
+            return scandir(path)
+        shutil.rmtree(store.cells_dir / "gone", ignore_errors=True)
+        return Listing(listing)
+
+    look, before, after = WALKS[walk]
+    assert look(store) == before
+    monkeypatch.setattr(os, "scandir", overtaken)
+    assert look(store) == after
+
+
+def test_the_size_of_what_is_not_there(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"12")
+    assert [tree_size(tmp_path / name) for name in ("x", "nothing")] == [2, 0]
 
 
 def test_digest_tells_values_apart() -> None:

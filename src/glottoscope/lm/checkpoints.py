@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
+# In the order in which transformers looks for them: an index counts only where what comes before is not there.
+READ_FIRST = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 # Older Llama and GPT-NeoX checkpoints store tables that newer transformers recompute.
 RECOMPUTED = re.compile(r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$|attention\.(masked_bias|bias)$|attn\.(masked_bias|bias)$")
 SAMPLED_BYTES = 1 << 20
@@ -69,13 +71,15 @@ class ModelShape:
 
 
 def load_lm(
-    checkpoint: Checkpoint, *, device: str = "cpu", dtype: str = "float32", local_files_only: bool | None = None
-) -> PreTrainedModel:
+    checkpoint: Checkpoint, *, device: str = "cpu", dtype: str = "float32", local_files_only: bool | None = None,
+    files_stay: bool = True,
+) -> PreTrainedModel:  # fmt: skip
     """Load a causal LM in eval mode, without cache, every weight accounted for.
 
     Args:
         dtype: "float32", "bfloat16" or "float16".
         local_files_only: never ask the hub; None means only for local directories.
+        files_stay: False: the files are removed while the model is in use, so none of them stays mapped into memory.
 
     Raises:
         InputError: directory or weights missing; a truncated or corrupt file (named); missing, unexpected or
@@ -108,7 +112,16 @@ def load_lm(
             raise InputError(f"{_name(checkpoint)}: weight {name} holds NaN or Inf; this checkpoint is not usable")
     model.config.use_cache = False
     model.config.output_hidden_states = False
-    return model.to(device).eval()
+    model = model.to(device).eval()
+    if not files_stay and model.device.type == "cpu":
+        _let_go_of_files(model)
+    return model
+
+
+def _let_go_of_files(model: PreTrainedModel) -> None:
+    """Copy what may lie in a mapped file: the disk is free only when nothing maps it. Tied tensors come once, and stay tied."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone()
 
 
 def load_tokenizer(path: str, revision: str | None = None, *, local_files_only: bool | None = None) -> PreTrainedTokenizerBase:
@@ -238,7 +251,10 @@ def _check_config(directory: Path) -> None:
 def _check_files(directory: Path) -> None:
     """What is wrong with files is said about files, before transformers turns it into something about tensors."""
     _check_config(directory)
-    for index in sorted(directory.glob("*.index.json")):
+    # An index of the other format may have come without its shards.
+    first = next((name for name in READ_FIRST if (directory / name).is_file()), "")
+    if first.endswith(".index.json"):
+        index = directory / first
         try:
             wanted = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         except (ValueError, KeyError, TypeError, AttributeError) as error:

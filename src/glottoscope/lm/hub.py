@@ -1,31 +1,36 @@
 """Checkpoints of a hub, fetched for as long as they are looked at and within a disk budget.
 
 Two hubs: the public one, and a folder that stands for it (a mirror: HUB/OWNER/NAME/REVISION/ with the files). What is
-fetched lies in one folder, and every fetching process holds a reservation there: a file with the bytes it will take,
-locked for as long as its maker lives, so that a killed process holds no room.
+fetched lies in one folder, in which every process that fetches has reserved the room (lm.reservations). A configuration is
+read and gone: it takes no room there, and the folder is not even made for it.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import fnmatch
 import os
 import re
 import shutil
+import tempfile
 import time
-import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal, Protocol
 
 from glottoscope.atomic import atomic_path
 from glottoscope.errors import InputError
+from glottoscope.lm.reservations import Reservation, Reservations
+from glottoscope.walking import tree_size
 
 What = Literal["model", "tokenizer", "config"]
 TOKENIZER = ("*.json", "*.model", "*.txt", "*.jinja")
-WEIGHTS = ("*.safetensors", "pytorch_model*.bin")  # of the first kind that is there
-SUFFIX = ".reserved"
+# Of the first kind that can be loaded: its one file, the index of its shards, what either is called.
+WEIGHTS = (
+    ("model.safetensors", "model.safetensors.index.json", "*.safetensors"),
+    ("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model*.bin"),
+)
+NO_PARTS = ("consolidated*",)  # the same weights again, in their makers' own format
 PATIENCE_S = 0.2  # between two looks at whether others have let go of their room
 
 
@@ -97,12 +102,22 @@ def choose_files(sizes: dict[str, int], what: What) -> dict[str, int]:
     if what == "config":
         return {name: size for name, size in sizes.items() if name == "config.json"}
     here = {name: size for name, size in sizes.items() if "/" not in name}
-    chosen = {name: size for name, size in here.items() if _matches(name, TOKENIZER)}
-    if what == "model":
-        for pattern in WEIGHTS:
-            if weights := {name: size for name, size in here.items() if fnmatch.fnmatch(name, pattern)}:
-                return chosen | weights
-    return chosen
+    # An index names shards, which only its own format brings.
+    chosen = {name: size for name, size in here.items() if _matches(name, TOKENIZER) and not _matches(name, ("*.index*.json",))}
+    return chosen | _weights(here) if what == "model" else chosen
+
+
+def _weights(here: dict[str, int]) -> dict[str, int]:
+    found: list[dict[str, int]] = []
+    for single, index, pattern in WEIGHTS:
+        if single in here:
+            return {single: here[single]}
+        shards = {name: size for name, size in here.items() if _matches(name, (pattern,)) and not _matches(name, NO_PARTS)}
+        if shards and index in here:
+            return {**shards, index: here[index]}
+        found.append(shards)
+    # Nothing that can be loaded: loading says what is missing.
+    return next((shards for shards in found if shards), {})
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:
@@ -114,138 +129,115 @@ class Downloads:
 
     Args:
         budget: bytes that all of it may take; None: what the disk has.
-        remove: a checkpoint is removed as soon as its block ends. Processes that need room wait for each other. Else it
-            stays, and the next block finds it.
+        remove: a checkpoint is removed as soon as its block ends. Else it stays, and the next block finds it.
     """
 
     def __init__(self, folder: Path, hub: Hub, *, budget: float | None = None, remove: bool = False) -> None:
         self.folder, self.hub, self.budget, self.remove = folder, hub, budget, remove
+        self._reservations = Reservations(folder)
 
     @contextlib.contextmanager
     def held(self, repo: str, revision: str | None, what: What = "model") -> Iterator[Path]:
-        """A folder with the files, for the length of the block.
+        """A folder with the files, for the length of the block. Who needs room that others at work have waits for them.
 
         Raises:
             InputError: no such revision, or it does not fit the budget or the disk; nothing is fetched then.
         """
         revision = revision or "main"
+        title = f"{repo} at revision {revision}"
         name = re.sub(r"[^\w.-]+", "--", f"{repo}@{revision}") + ("" if what == "model" else f".{what}")
-        if self.remove:
-            with self._reserved(f"{repo} at revision {revision}", self._files(repo, revision, what)) as token:
+        if what == "config":
+            with tempfile.TemporaryDirectory(prefix="glottoscope-") as folder:
+                if not (files := self._files(repo, revision, what)):
+                    raise InputError(f"{title} holds no config.json: not a Hugging Face checkpoint")
+                self.hub.fetch(repo, revision, files, Path(folder))
+                yield Path(folder)
+        elif self.remove:
+            files = self._files(repo, revision, what)
+            with self._reserved(title, files) as token:
                 # A copy for each process: no one takes another's away.
                 place = self.folder / f"{name}-{token}"
                 try:
-                    self._fetch(repo, revision, what, place)
+                    self._fetch(repo, revision, files, place)
                     yield place
                 finally:
                     shutil.rmtree(place, ignore_errors=True)
-            return
-        place = self.folder / name
-        if not place.is_dir():
-            with self._alone(f".{name}.lock"):
-                if not place.is_dir():
-                    with self._reserved(f"{repo} at revision {revision}", self._files(repo, revision, what)):
-                        self._fetch(repo, revision, what, place)
-        yield place
+        else:
+            place = self.folder / name
+            if not place.is_dir():
+                with self._reservations.alone(f".{name}.lock"):
+                    if not place.is_dir():
+                        self._keep(repo, revision, what, place)
+            yield place
+
+    def clear(self) -> None:
+        """Remove what processes that are gone have left; only where no other machine is at work."""
+        at_work = tuple(self._reservations.clear())
+        if self.remove and self.folder.is_dir():
+            for name in os.listdir(self.folder):
+                if not name.startswith(".") and not name.endswith(at_work):
+                    shutil.rmtree(self.folder / name, ignore_errors=True)
+
+    def _keep(self, repo: str, revision: str, what: What, place: Path) -> None:
+        files = self._files(repo, revision, what)
+        with self._reserved(f"{repo} at revision {revision}", files) as token:
+            # Under its token it counts as what was reserved, and goes with it if this process is killed.
+            fetched = place.with_name(f"{place.name}-{token}")
+            try:
+                self._fetch(repo, revision, files, fetched)
+                with contextlib.suppress(FileExistsError):
+                    _rename(fetched, place)
+            finally:
+                shutil.rmtree(fetched, ignore_errors=True)
 
     def _files(self, repo: str, revision: str, what: What) -> dict[str, int]:
         return choose_files(self.hub.sizes(repo, revision), what)
 
-    def _fetch(self, repo: str, revision: str, what: What, place: Path) -> None:
+    def _fetch(self, repo: str, revision: str, files: Iterable[str], place: Path) -> None:
         with atomic_path(place) as temporary:
             temporary.mkdir()
-            self.hub.fetch(repo, revision, self._files(repo, revision, what), temporary)
-
-    def clear(self) -> None:
-        """Remove what processes that are gone have left; only where none is at work."""
-        if self.remove:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            self.hub.fetch(repo, revision, files, temporary)
 
     @contextlib.contextmanager
     def _reserved(self, what: str, files: dict[str, int]) -> Iterator[str]:
         need = sum(files.values())
         if self.budget is not None and need > self.budget:
             raise InputError(f"{what} needs {_gb(need)} and compute.disk_gb allows {_gb(self.budget)}: it is not fetched; raise it")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        token = uuid.uuid4().hex[:12]
-        path = self.folder / f"{token}{SUFFIX}"
-        with self._alone():  # between its making and its lock it looks like a dead one's
-            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
-            _flock(handle, fcntl.LOCK_EX)
-        try:
-            while not self._take(what, handle, path, need):
+        with self._reservations.made() as own:
+            while not self._take(what, own, need):
                 time.sleep(PATIENCE_S)
-            yield token
-        finally:
-            path.unlink(missing_ok=True)
-            os.close(handle)
+            yield own.token
 
-    def _take(self, what: str, handle: int, path: Path, need: int) -> bool:
-        """Reserve room; False where others at work have to let go of theirs first."""
-        with self._alone():
-            others = self._others(path)
-            lying = 0 if self.remove else _lying(self.folder)
-            taken = others + lying
-            if self.budget is None or taken + need <= self.budget:
-                free = shutil.disk_usage(self.folder).free
-                if need > free - others:
-                    raise InputError(f"{what} needs {_gb(need)} and {self.folder} has {_gb(free - others)} free: it is not fetched")
-                os.pwrite(handle, f"{need:<20}".encode(), 0)
+    def _take(self, what: str, own: Reservation, need: int) -> bool:
+        """Reserve room; False where others at work may yet let go of theirs."""
+        with self._reservations.alone():
+            # In this order what is being fetched meanwhile is counted twice rather than not at all.
+            others = self._reservations.taken(own)
+            lying = 0 if self.remove else sum(tree_size(p) for p in self.folder.iterdir() if p.is_dir())
+            free = shutil.disk_usage(self.folder).free - others.pending
+            taken = others.reserved if self.remove else lying + others.pending
+            fits_budget = self.budget is None or taken + need <= self.budget
+            if fits_budget and need <= free:
+                own.take(need)
                 return True
-        if not others:
-            raise InputError(
-                f"{what} needs {_gb(need)}; of compute.disk_gb = {_gb(self.budget)}, {_gb(lying)} are taken: it is not fetched; "
-                "set compute.remove_downloads = true, or raise it"
-            )
-        return False
-
-    def _others(self, own: Path) -> int:
-        """Bytes that processes at work have reserved; what a dead one reserved is let go."""
-        total = 0
-        for path in self.folder.glob(f"*{SUFFIX}"):
-            if path == own:
-                continue
-            with contextlib.suppress(FileNotFoundError):
-                handle = os.open(path, os.O_RDWR)
-                try:
-                    if _flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB):
-                        for left in self.folder.glob(f"*-{path.name.removesuffix(SUFFIX)}"):
-                            shutil.rmtree(left, ignore_errors=True)
-                        path.unlink(missing_ok=True)
-                    else:
-                        total += int(os.pread(handle, 20, 0) or 0)
-                finally:
-                    os.close(handle)
-        return total
-
-    @contextlib.contextmanager
-    def _alone(self, name: str = ".lock") -> Iterator[None]:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(self.folder / name, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            _flock(handle, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(handle)
+        if others.reserved:
+            return False
+        if fits_budget:
+            raise InputError(f"{what} needs {_gb(need)} and {self.folder} has {_gb(free)} free: it is not fetched")
+        raise InputError(
+            f"{what} needs {_gb(need)}; of compute.disk_gb = {_gb(self.budget)}, {_gb(lying)} are taken: it is not fetched; "
+            "set compute.remove_downloads = true, or raise it"
+        )
 
 
-def _lying(folder: Path) -> int:
-    """Bytes of the files in the folders of a folder, while others may be renaming or removing them."""
-    total = 0
-    for place, _, names in os.walk(folder):
-        for name in names if Path(place) != folder else ():
-            with contextlib.suppress(FileNotFoundError):
-                total += os.stat(os.path.join(place, name)).st_size
-    return total
-
-
-def _flock(handle: int, kind: int) -> bool:
-    """Whether the lock is ours; where a file system has none, nobody's reservation is ever taken for a dead one's."""
+def _rename(folder: Path, place: Path) -> None:
+    """Raises FileExistsError where another machine was quicker: what is there may be in use already, and stays."""
     try:
-        fcntl.flock(handle, kind)
+        os.rename(folder, place)
     except OSError:
-        return False
-    return True
+        if place.is_dir():
+            raise FileExistsError(place) from None
+        raise
 
 
 def _gb(value: float | None) -> str:

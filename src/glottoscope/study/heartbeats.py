@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from glottoscope.atomic import TEMPORARY_PREFIX
+from glottoscope.walking import listed
 
 WRITE_S = 2.0  # at most one write in this time
 BEAT_S = 10.0  # a unit that says nothing for this long is written down as it is
@@ -110,7 +111,7 @@ class Heart:
 
 def signs(folder: Path) -> Iterator[Sign]:
     """Every unit at work, by name; a file that goes or is damaged meanwhile is passed over."""
-    for path in sorted(folder.glob("*.json")):
+    for path in listed(folder, "*.json"):
         if (sign := read_sign(path)) is not None:
             yield sign
 

@@ -30,6 +30,7 @@ from typing import Any
 
 from glottoscope.atomic import TEMPORARY_PREFIX, is_disk_full
 from glottoscope.errors import InputError
+from glottoscope.machine import machine_id as _machine
 
 BEAT_S = 10.0  # a holder counts up this often
 STALE_S = 120.0  # a count that stood still for so long is a dead holder's
@@ -359,14 +360,6 @@ def _started(pid: int) -> str:
     except OSError:
         return ""
     return "" if fields[0] in "ZX" else fields[19]
-
-
-def _machine() -> str:
-    """The running system: containers of one machine share it; another machine, or another start of it, does not."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-    except OSError:
-        return socket.gethostname()
 
 
 def _process_space() -> str:

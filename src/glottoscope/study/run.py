@@ -9,13 +9,15 @@ import operator
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 import numpy as np
 
 from glottoscope.errors import InputError
 from glottoscope.study.config import Study
+from glottoscope.study.plan import Cell
 from glottoscope.study.store import RunStore, read_parquet
+from glottoscope.walking import listed
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -25,8 +27,16 @@ if TYPE_CHECKING:
 
     from glottoscope.intervention.parts import Injection, Mode, Scale
     from glottoscope.sae.model import TopKSAE
-    from glottoscope.study.plan import Cell
     from glottoscope.study.stages.context import Context
+
+
+class _Scored(NamedTuple):
+    """A setup with a feature table, and whether that is what the present settings make."""
+
+    cell: Cell
+    layer: int
+    seed: int
+    present: bool
 
 
 class Run:
@@ -63,6 +73,9 @@ class Run:
     def features_dataset(self) -> ds.Dataset:
         """Features of every setup that is scored so far, as a `pyarrow.dataset` of one file per setup.
 
+        While a run with changed settings is under way: of those scored with them. Before it has scored one, or where the
+        corpus or the checkpoints are gone, so that nothing can be compared: of all there are, the rows of the table.
+
         A condition on model, step, layer or sae_seed opens the files of those setups only:
         `run.features_dataset.to_table(filter=ds.field("layer") == 4, columns=["step", "language"])`.
 
@@ -73,22 +86,34 @@ class Run:
         import pyarrow.parquet as pq
         from pyarrow.fs import LocalFileSystem
 
-        store, context, form, system = self._store, self._context, ds.ParquetFileFormat(), LocalFileSystem()
+        store, form, system = self._store, ds.ParquetFileFormat(), LocalFileSystem()
+        scored = list(self._scored())
+        present = [x for x in scored if x.present]
         fragments, schema = [], None
-        for run in context.runs:
-            for step in (c.step for c in run.checkpoints):
-                for layer, seed in context.setups(self._cell(run.name, step)):
-                    folder = store.setup_dir(run.name, step, layer, seed)
-                    if "score" not in store.done(folder):
-                        continue
-                    path = folder / "features.parquet"
-                    key = {"model": run.name, "step": step, "layer": layer, "sae_seed": seed}
-                    holds = functools.reduce(operator.and_, (ds.field(k) == v for k, v in key.items()))
-                    fragments.append(form.make_fragment(str(path), system, partition_expression=holds))
-                    schema = schema or pq.read_schema(path)
+        for cell, layer, seed, _ in present or scored:
+            model, step = cell.model.name, cell.checkpoint.step
+            path = store.setup_dir(model, step, layer, seed) / "features.parquet"
+            key = {"model": model, "step": step, "layer": layer, "sae_seed": seed}
+            holds = functools.reduce(operator.and_, (ds.field(k) == v for k, v in key.items()))
+            fragments.append(form.make_fragment(str(path), system, partition_expression=holds))
+            schema = schema or pq.read_schema(path)
         if schema is None:
             raise InputError(f"{store.root}: no setup is scored yet; `glottoscope run` continues it")
         return ds.FileSystemDataset(fragments, schema, form, system)
+
+    def _scored(self) -> Iterator[_Scored]:
+        """Setups with a feature table, in the order of the table."""
+        context = self._context
+        for run in context.runs:
+            for cell in (Cell(run, c) for c in run.checkpoints):
+                for layer, seed in context.setups(cell):
+                    record = self._store.done(self._store.setup_dir(run.name, cell.checkpoint.step, layer, seed)).get("score")
+                    if not isinstance(record, dict):
+                        continue
+                    present = True
+                    with contextlib.suppress(InputError):
+                        present = record.get("key") == context.score_key(cell, layer, seed)
+                    yield _Scored(cell, layer, seed, present)
 
     @cached_property
     def evolution(self) -> pa.Table:
@@ -108,7 +133,7 @@ class Run:
 
         folder = self._store.setup_dir(model, step, layer, seed)
         if not folder.is_dir():
-            have = sorted(str(p.relative_to(self._store.cells_dir)) for p in self._store.cells_dir.glob("*/layer_*/seed_*"))
+            have = [str(p.relative_to(self._store.cells_dir)) for p in listed(self._store.cells_dir, "*/layer_*/seed_*")]
             near = [h for h in have if h.startswith(f"{model}@")] or have
             shown = ", ".join(near[:8]) + (" ..." if len(near) > 8 else "")
             raise InputError(f"no SAE for model {model!r}, step {step}, layer {layer}, seed {seed}; there are: {shown}")

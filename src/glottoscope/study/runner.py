@@ -28,6 +28,7 @@ from glottoscope.study.stages.context import Context
 from glottoscope.study.stages.intervene import units as intervening
 from glottoscope.study.store import RunStore, digest, file_digest, tree_size
 from glottoscope.study.telling import telling
+from glottoscope.walking import listed
 
 LIBRARIES = (
     "torch",
@@ -87,6 +88,7 @@ def run_study(
             context.downloads.clear()  # what a killed process fetched
         if isinstance(study.corpus, TextCorpus):
             store.record_sources({str(corpus_path(study.corpus, p)): h for p, h in context.source_hashes.items()})
+        context.record_shapes()
         # Loggers end after the units: they may take their time.
         with telling(study, store, console), open_engine(study, store, console, workers, machines) as engine:
             result = RunResult([], STAGES[0])
@@ -443,13 +445,13 @@ def clean(root: Path, *, dry_run: bool = False) -> list[tuple[Path, int]]:
         removed += [(Path(p), 0) for p in intervening.stale_folders(context, _asked_for(context))]
         for cell in context.cells:
             folder = store.cell_dir(cell.model.name, cell.checkpoint.step)
-            for layer in sorted(folder.glob("layer_*")):
-                seeds = sorted(layer.glob("seed_*"))
+            for layer in listed(folder, "layer_*"):
+                seeds = listed(layer, "seed_*")
                 unwanted = [s for s in seeds if s not in wanted]
                 removed += [(layer, 0)] if seeds and len(unwanted) == len(seeds) else [(s, 0) for s in unwanted]
         removed += [(w.folder, 0) for found in WITH_STATES.values() for w in found(context) if w.steps is None]
         for run in pretraining.pretrained_runs(context):
-            removed += [(p, 0) for p in sorted(store.model_dir(run.name).glob("step_*")) if p not in wanted]
+            removed += [(p, 0) for p in listed(store.model_dir(run.name), "step_*") if p not in wanted]
         removed += [(p, 0) for p in _stale_metrics(context)]
         if dry_run:
             return [(path, tree_size(path)) for path, _ in removed]

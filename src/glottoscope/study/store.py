@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -23,6 +22,7 @@ from glottoscope.study import artefacts
 from glottoscope.study.config import Study
 from glottoscope.study.load import dump_study, parse_study
 from glottoscope.study.locks import RUN_HOLDER, RUN_LOCK, hold_records, hold_run
+from glottoscope.walking import named, tree_size
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -277,6 +277,17 @@ class RunStore:
             return {}
         return found if isinstance(found, dict) else {}
 
+    def record_shapes(self, shapes: Mapping[str, Mapping[str, int]]) -> None:
+        """Keep the sizes of models that only their checkpoints tell: checkpoint -> fields of `config.Shape`."""
+        settings = {"shapes": {name: dict(shape) for name, shape in shapes.items()}}
+        if self.recorded_shapes() != settings["shapes"]:
+            self.mark_done(self.root, "shapes", digest(settings), settings, [])
+
+    def recorded_shapes(self) -> dict[str, dict[str, int]]:
+        """What `record_shapes` kept; empty where nothing was."""
+        record = self.done(self.root).get("shapes")
+        return dict(record["settings"]["shapes"]) if record and artefacts.is_whole("shapes", record) else {}
+
     @property
     def log_path(self) -> Path:
         return self.root / "log.jsonl"
@@ -432,7 +443,7 @@ class RunStore:
 
     def leftovers(self) -> list[Path]:
         """Temporary files that a killed process left behind."""
-        return sorted(self.root.rglob(f"{TEMPORARY_PREFIX}*"))
+        return named(self.root, TEMPORARY_PREFIX)
 
 
 def _ranges(numbers: Sequence[int]) -> str:
@@ -455,10 +466,3 @@ def read_parquet(path: Path) -> pa.Table:
         return pq.read_table(path)
     except (pa.ArrowInvalid, OSError) as error:
         raise InputError(f"{path} is damaged ({str(error).splitlines()[0]}): remove it and run the study again") from None
-
-
-def tree_size(path: Path) -> int:
-    """Bytes of a file or folder."""
-    if path.is_file():
-        return path.stat().st_size
-    return sum(os.lstat(p).st_size for p in path.rglob("*") if p.is_file())

@@ -20,6 +20,7 @@ from glottoscope.errors import InputError
 from glottoscope.study import artefacts
 from glottoscope.study.locks import RUN_HOLDER, RUN_LOCK
 from glottoscope.study.store import DamagedManifest, RunStore, json_text
+from glottoscope.walking import listed
 
 READ = 2**20  # bytes at a time
 READERS = 4  # files hashed at once: hashing and reading let the other threads work
@@ -225,7 +226,7 @@ def _forget(store: RunStore, verdict: Verdict) -> list[str]:
         stages.setdefault(problem.folder, set()).update(problem.stages)
     for folder in [x for x in stages if "cell" in stages[x]]:
         # A cell's own file is made in the pass that collects its features: one setup's are made again with it.
-        for setup in sorted((store.root / folder).glob("layer_*/seed_*")):
+        for setup in listed(store.root / folder, "layer_*/seed_*"):
             if "features" in store.done(setup):
                 stages.setdefault(setup.relative_to(store.root).as_posix(), set()).add("features")
                 break

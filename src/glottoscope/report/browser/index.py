@@ -18,6 +18,7 @@ from glottoscope.report.browser.codec import SCHEMA, rounded
 from glottoscope.report.browser.source import SiteSource
 from glottoscope.study.config import CONTROLS
 from glottoscope.study.store import RunStore, read_parquet
+from glottoscope.walking import listed
 
 SHARD = 64  # features of a shard
 TEXT_FILE = 256  # blocks, or aligned pairs, of a text file
@@ -57,7 +58,7 @@ class Setup:
 
 def setup_folders(store: RunStore) -> dict[str, Path]:
     """Id -> folder of every setup that was begun."""
-    found = {path.relative_to(store.cells_dir).as_posix(): path for path in store.cells_dir.glob("*/layer_*/seed_*")}
+    found = {path.relative_to(store.cells_dir).as_posix(): path for path in listed(store.cells_dir, "*/layer_*/seed_*")}
     return {name: path for name, path in sorted(found.items()) if path.is_dir() and _PLACE.fullmatch(name)}
 
 

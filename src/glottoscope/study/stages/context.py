@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from glottoscope.errors import InputError, NonFiniteError
-from glottoscope.study.config import PlantedCorpus, PretrainModel, Study, TextCorpus
+from glottoscope.study.config import PlantedCorpus, PretrainModel, Shape, Study, TextCorpus
 from glottoscope.study.load import corpus_path
 from glottoscope.study.plan import Cell, CheckpointRef, ModelRun, cells_of, expand, layer_groups, lm_memory, seed_for
 from glottoscope.study.store import RunStore, digest, file_digest, read_parquet
@@ -70,8 +70,8 @@ class Context:
     def __init__(self, study: Study, store: RunStore, *, recorded: bool = False) -> None:
         self.study = study
         self.store = store
-        # Hashes of the corpus as the driver recorded them: workers need not read the files again, and a run that was
-        # moved away from its corpus can still be looked at.
+        # Hashes of the corpus and sizes of models as the driver recorded them: workers need not read or fetch them again,
+        # and a run that was moved away from its corpus can still be looked at.
         self.recorded = recorded
 
     @classmethod
@@ -91,14 +91,35 @@ class Context:
         # What config.json alone says is enough to plan; n_params of the tables is counted.
         if isinstance(run.spec, PretrainModel) or run.spec.shape is not None:
             return run
-        from glottoscope.lm.checkpoints import describe
-        from glottoscope.study.config import Shape
         from glottoscope.study.plan import _layers
 
-        with self.at_hand(self.lm_checkpoint(run, run.final), "config") as checkpoint:
-            found = describe(checkpoint)
-        shape = Shape(n_layers=found.n_layers, d_model=found.d_model, n_params=found.n_params, vocab_size=found.vocab_size)
+        shape = self._told_shape(run.final)
         return replace(run, shape=shape, layers=_layers(run.spec.layers or self.study.layers, shape.n_layers, run.name))
+
+    def _told_shape(self, ref: CheckpointRef) -> Shape:
+        """The size that a checkpoint's config.json tells; asked once, since it may lie on a hub."""
+        name = _name_of(ref)
+        if name not in self._shapes:
+            from glottoscope.lm.checkpoints import Checkpoint, describe
+
+            assert ref.path is not None
+            with self.at_hand(Checkpoint(ref.path, ref.step, ref.tokens_seen, ref.revision), "config") as checkpoint:
+                found = describe(checkpoint)
+            self._shapes[name] = Shape(
+                n_layers=found.n_layers, d_model=found.d_model, n_params=found.n_params, vocab_size=found.vocab_size
+            )
+        return self._shapes[name]
+
+    @cached_property
+    def _shapes(self) -> dict[str, Shape]:
+        known = self.store.recorded_shapes() if self.recorded else {}
+        return {name: Shape.model_validate(shape) for name, shape in known.items()}
+
+    def record_shapes(self) -> None:
+        """Keep the sizes that only checkpoints tell, for workers and for all who look at the run."""
+        # Asking for the models has filled it.
+        if self.runs and self._shapes:
+            self.store.record_shapes({name: shape.model_dump() for name, shape in self._shapes.items()})
 
     def run_of(self, name: str) -> ModelRun:
         return next(r for r in self.runs if r.name == name)
@@ -129,8 +150,10 @@ class Context:
         from glottoscope.lm.checkpoints import choose_device, load_lm, shuffle_weights
 
         compute = self.study.compute
-        with self.at_hand(self.lm_checkpoint(cell.model, cell.checkpoint)) as checkpoint:
-            model = load_lm(checkpoint, device=choose_device(compute.device), dtype=compute.dtype)
+        place = self.lm_checkpoint(cell.model, cell.checkpoint)
+        goes = not place.is_local and self.downloads is not None and self.downloads.remove
+        with self.at_hand(place) as checkpoint:
+            model = load_lm(checkpoint, device=choose_device(compute.device), dtype=compute.dtype, files_stay=not goes)
         if cell.model.control == "shuffled":
             shuffle_weights(model, seed_for(self.study, "shuffle", cell.model.lm))
         return model
@@ -492,6 +515,11 @@ def with_key(table: pa.Table, key: dict[str, Any]) -> pa.Table:
     types = {k: pa.string() if isinstance(v, str) else pa.int64() for k, v in key.items()}
     arrays = [pa.array([v] * n, types[k]) for k, v in key.items()]
     return pa.table([*arrays, *table.columns], names=[*key, *table.column_names])
+
+
+def _name_of(ref: CheckpointRef) -> str:
+    assert ref.path is not None
+    return ref.path if ref.revision is None else f"{ref.path}@{ref.revision}"
 
 
 TOKENIZER_FILES = (".json", ".model", ".txt", ".jinja")  # what a tokenizer is read from, beside a model's weights

@@ -24,6 +24,7 @@ import glottoscope
 from glottoscope.errors import InputError
 from glottoscope.study.stages.states import State, load_state, remove_state, states_in, write_state
 from glottoscope.study.store import RESUME_FOLDER
+from glottoscope.walking import listed
 
 VERSION = 1  # of what states hold; part of every key
 LIBRARIES = ("torch", "numpy", "transformers", "numba", "triton")
@@ -141,7 +142,7 @@ class Keeper:
             return
         started = time.monotonic()
         # One stays until the new one is whole: never more than two on the disk.
-        for path in self._folder.glob("state_*"):
+        for path in listed(self._folder, "state_*"):
             if path.with_suffix(".json") not in self._good[-1:]:
                 remove_state(path)
         self._good = self._good[-1:]

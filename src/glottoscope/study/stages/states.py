@@ -20,6 +20,7 @@ from torch import Tensor
 
 from glottoscope.atomic import atomic_path, write_json
 from glottoscope.study.store import digest, file_digest
+from glottoscope.walking import listed
 
 SCHEMA = 1
 DTYPE_NAMES = {
@@ -71,7 +72,7 @@ def write_state(
 
 def states_in(folder: Path) -> list[State]:
     """States of a folder with a whole JSON, the one with most steps first; tensors are not looked at."""
-    found = [state for path in folder.glob("state_*.json") if (state := _read(path)) is not None]
+    found = [state for path in listed(folder, "state_*.json") if (state := _read(path)) is not None]
     return sorted(found, key=lambda s: -s.steps)
 
 

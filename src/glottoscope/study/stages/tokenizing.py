@@ -54,10 +54,13 @@ def make_tokenizer(root: str, report: Any) -> None:
         texts = (document.text for document in _balanced(context, corpus, report))
         train_tokenizer(texts, folder, vocab_size=corpus.tokenizer_training.vocab_size)
     else:
-        # Saving copies files of the place it was loaded from, so that must still be there.
-        with _loaded(context, *tokenizer_source(context)) as tokenizer, atomic_path(folder) as temporary:
-            _check_one_tokenizer(context, tokenizer)
-            tokenizer.save_pretrained(str(temporary))
+        with atomic_path(folder) as temporary:
+            # Saving copies files of the place it was loaded from, so that must still be there; to hold that while asking
+            # for the next would be to wait for oneself where there is room for one only.
+            with _loaded(context, *tokenizer_source(context)) as tokenizer:
+                tokenizer.save_pretrained(str(temporary))
+                vocabulary = tokenizer.get_vocab()
+            _check_one_tokenizer(context, vocabulary)
     files = sorted(p.name for p in folder.iterdir() if p.is_file() and p.name != "done.json")
     context.store.mark_done(folder, "tokenizer", context.tokenizer_key, {}, files)
 
@@ -70,13 +73,12 @@ def _loaded(context: Context, path: str, revision: str | None) -> Iterator[Any]:
         yield load_tokenizer(place.path, place.revision)
 
 
-def _check_one_tokenizer(context: Context, tokenizer: Any) -> None:
+def _check_one_tokenizer(context: Context, vocabulary: dict[str, int]) -> None:
     """All models of a study read the same ids: their tokenizers must agree where they bring one.
 
     Raises:
         InputError: a model's own tokenizer has another vocabulary; names the model.
     """
-    vocabulary = tokenizer.get_vocab()
     for run in context.runs:
         own = getattr(run.spec, "tokenizer", None)
         place = (own, None) if own is not None else (str(run.final.path), run.final.revision)

@@ -28,6 +28,7 @@ from glottoscope.study.stages.context import Context, bucketed, hidden_states
 from glottoscope.study.stages.resuming import VERSION, Keeper, Waiting, newest, surroundings
 from glottoscope.study.stages.tokenizing import read_json
 from glottoscope.study.store import digest
+from glottoscope.walking import listed
 
 CURVE_POINTS = 200  # rows of a setup's loss curve
 
@@ -123,7 +124,7 @@ def waiting(context: Context) -> list[Waiting]:
     """States of SAE trainings that were stopped, and whether a run would go on from them."""
     found = []
     for cell in context.cells:
-        folders = sorted(context.store.train_states_dir(cell.model.name, cell.checkpoint.step).glob("layers_*"))
+        folders = listed(context.store.train_states_dir(cell.model.name, cell.checkpoint.step), "layers_*")
         missing = missing_parts(context, cell, cell.model.known_layers()) if folders else {}
         found += [Waiting(f, f"{cell.name} {f.name.replace('_', ' ')}", newest(f, missing)) for f in folders]
     return found
@@ -160,7 +161,7 @@ def train_cell(root: str, model: str, step: int, layers: tuple[int, ...], report
     keeper = Keeper(
         store.train_state_dir(model, step, layers), missing_parts(context, cell, layers),
         surroundings(context.device(), kernel=kernel), study.compute.checkpoint_minutes,
-        sorted(store.train_states_dir(model, step).glob("layers_*")),
+        listed(store.train_states_dir(model, step), "layers_*"),
     )  # fmt: skip
     unit = unit_name(cell, layers)
     metrics = MetricsFile(store.metrics_path(unit), {"stage": "train", "unit": unit, "model": model, "checkpoint": step})

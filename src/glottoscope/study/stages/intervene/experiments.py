@@ -14,6 +14,7 @@ from glottoscope.study.config import InterventionConfig, TextCorpus
 from glottoscope.study.plan import Cell, ModelRun
 from glottoscope.study.stages.context import Context, _hash_tree
 from glottoscope.study.store import digest
+from glottoscope.walking import listed
 
 VERSIONS = {"prepare": 3, "measure": 2, "translate": 2, "effects": 3}
 STUDY_NAME = "study"  # experiments that the study file asks for; those of the command line have another name
@@ -337,8 +338,11 @@ def all_experiments(context: Context) -> Iterator[Experiment]:
     Of those under the study's own name only what the study file asks for now.
     """
     asked = _asked_for(context)
-    for path in sorted(context.store.interventions_dir.glob("*/*/*/*/experiment.json")):
-        experiment = Experiment.parse(json.loads(path.read_text(encoding="utf-8")))
+    for path in listed(context.store.interventions_dir, "*/*/*/*/experiment.json"):
+        try:
+            experiment = Experiment.parse(json.loads(path.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            continue  # others at work have just removed it
         if experiment.name == STUDY_NAME and path.parent not in asked:
             continue
         try:

@@ -10,6 +10,7 @@ from glottoscope.study.stages.context import Context
 from glottoscope.study.stages.intervene import effects, experiments, measuring, preparing, translating
 from glottoscope.study.stages.intervene.experiments import Experiment, all_experiments, chunks, effects_key, prepare_key
 from glottoscope.study.store import RunStore
+from glottoscope.walking import listed
 
 
 def of_study(context: Context) -> list[Experiment]:
@@ -88,6 +89,6 @@ def table_units(context: Context) -> list[Unit]:
 def stale_folders(context: Context, wanted: Sequence[Experiment]) -> Iterator[str]:
     """Folders of experiments that neither the study asks for nor its present models and settings fit."""
     kept = {e.folder(context) for e in [*all_experiments(context), *wanted]}
-    for path in sorted(context.store.interventions_dir.glob("*/*/*/*")):
+    for path in listed(context.store.interventions_dir, "*/*/*/*"):
         if path.is_dir() and path not in kept:
             yield str(path)
