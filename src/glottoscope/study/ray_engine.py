@@ -132,7 +132,9 @@ class RayEngine(Engine):
             what = (
                 "Ray could not be started here" if self.address is None else f"--address {self.address}: no Ray cluster to work on"
             )
-            raise InputError(f"{what}: {_line(error)}") from None
+            # Ray takes its token from the home directory for a cluster of its own only.
+            token = "; it wants a token: set RAY_AUTH_MODE=token" if "AuthToken" in f"{error} {error.__cause__}" else ""
+            raise InputError(f"{what}: {_line(error)}{token}") from None
         if self.address is None and any(n["NodeManagerAddress"] != "127.0.0.1" for n in self._ray.nodes()):
             raise InputError(
                 "Ray was imported before and would listen to the network: run in a process of its own, or with --address"
