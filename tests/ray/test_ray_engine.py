@@ -92,15 +92,29 @@ def test_two_nodes_make_the_bytes_of_a_local_run_and_listen_on_loopback_only(
     assert intervene(Path("run"), settings, name="second", workers=None, console=console, machines=machines) == []
 
 
-def test_a_raylet_killed_in_the_middle_changes_nothing(cluster: Any, local: dict[str, str], tmp_path: Path) -> None:
-    store = RunStore(tmp_path / "run")
+def test_a_run_that_was_stopped_goes_on_and_a_raylet_killed_in_its_middle_changes_nothing(
+    cluster: Any, local: dict[str, str], tmp_path: Path
+) -> None:
+    study, store = tmp_path / "study.toml", RunStore(tmp_path / "run")
+    study.write_text(tomli_w.dumps(STUDY), encoding="utf-8")
+    command = [sys.executable, "-m", "glottoscope.cli", "run", str(study), "--out", str(store.root)]
+    command += ["--engine", "ray", "--address", cluster.address]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        found = rays.wait_for(lambda: process.poll() is not None or [s for s in signs(store.work_dir) if s.stage == "train"])
+        assert found is not True, process.communicate()
+        process.send_signal(signal.SIGTERM)  # as a batch system does
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "interrupted; the same command continues" in errors and "Traceback" not in errors
+    assert list(signs(store.work_dir)) == []
+    assert not list(store.cells_dir.glob("*/layer_*/*/done.json"))
     victim = next(n for n in cluster.list_all_nodes() if n is not cluster.head_node)
     killed: list[str] = []
 
     def kill() -> None:
         def at_work() -> Any:
-            found = [s for s in signs(store.work_dir) if s.stage == "train" and rays.parent_of(s.pid) == rays.raylet(victim)]
-            return found[0] if found else None
+            found = [s for s in signs(store.work_dir) if rays.parent_of(s.pid) == rays.raylet(victim)]
+            return next((s for s in found if s.stage in ("train", "features")), None)
 
         sign = rays.wait_for(at_work)
         rays.kill_raylet(victim)
@@ -117,25 +131,6 @@ def test_a_raylet_killed_in_the_middle_changes_nothing(cluster: Any, local: dict
     assert len(killed) == 1
     assert contents(store.root, EVERYTHING) == local
     assert not store.work_dir.exists()
-
-
-def test_an_interrupted_run_stops_its_units_and_goes_on(cluster: Any, local: dict[str, str], tmp_path: Path) -> None:
-    study, store = tmp_path / "study.toml", RunStore(tmp_path / "run")
-    study.write_text(tomli_w.dumps(STUDY), encoding="utf-8")
-    command = [sys.executable, "-m", "glottoscope.cli", "run", str(study), "--out", str(store.root)]
-    command += ["--engine", "ray", "--address", cluster.address]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        found = rays.wait_for(lambda: process.poll() is not None or [s for s in signs(store.work_dir) if s.stage == "train"])
-        assert found is not True, process.communicate()
-        workers = {s.pid for s in found}
-        process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130, errors
-    assert "interrupted; the same command continues" in errors and "Traceback" not in errors
-    assert list(signs(store.work_dir)) == []
-    assert workers
-    on_cluster(cluster, store.root)
-    assert contents(store.root, EVERYTHING) == local
 
 
 def make_file(root: str, name: str, report: Any) -> None:

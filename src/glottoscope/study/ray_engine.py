@@ -12,12 +12,14 @@ import importlib.metadata
 import os
 import platform
 import shutil
+import signal
 import socket
 import tempfile
 import textwrap
+import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from rich.console import Console
@@ -127,7 +129,8 @@ class RayEngine(Engine):
         else:
             settings = {"address": self.address}
         try:
-            self._ray.init(**settings, **common)
+            with _own_sigterm():
+                self._ray.init(**settings, **common)
         except (RuntimeError, ConnectionError, ValueError, TimeoutError) as error:
             what = (
                 "Ray could not be started here" if self.address is None else f"--address {self.address}: no Ray cluster to work on"
@@ -364,6 +367,15 @@ def _lacks(device: str) -> str:
 
 
 # ---- small things
+
+
+@contextlib.contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Keep this process's answer to SIGTERM, which Ray replaces by an end without states when it starts."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    if callable(before) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, before)
 
 
 def reach(address: str | None) -> Any:
