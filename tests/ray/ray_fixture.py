@@ -32,6 +32,16 @@ def environment(folder: str) -> Iterator[None]:
 
 
 @contextmanager
+def in_background() -> Iterator[None]:
+    """What starts here ignores Ctrl-C, as all that a batch script starts in the background does."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
 def two_nodes() -> Iterator[Any]:
     """Two nodes with one CPU each, every process of them on 127.0.0.1: a ray.cluster_utils.Cluster.
 
@@ -41,7 +51,8 @@ def two_nodes() -> Iterator[Any]:
         cluster_of = importlib.import_module("ray.cluster_utils").Cluster  # reads the environment
         common = {"num_cpus": 1, "object_store_memory": OBJECT_STORE, "node_ip_address": "127.0.0.1"}
         head = {**common, "num_gpus": 1, "include_dashboard": False}
-        cluster = cluster_of(initialize_head=True, head_node_args=head, shutdown_at_exit=False)
+        with in_background():
+            cluster = cluster_of(initialize_head=True, head_node_args=head, shutdown_at_exit=False)
         try:
             add_node(cluster)
             yield cluster
@@ -52,7 +63,8 @@ def two_nodes() -> Iterator[Any]:
 def add_node(cluster: Any, cpus: int = 1, **settings: str) -> Any:
     """A further node; `settings` are environment variables of its raylet."""
     common = {"object_store_memory": OBJECT_STORE, "node_ip_address": "127.0.0.1", "env_vars": settings}
-    node = cluster.add_node(num_cpus=cpus, **common)
+    with in_background():
+        node = cluster.add_node(num_cpus=cpus, **common)
     cluster.wait_for_nodes()
     return node
 

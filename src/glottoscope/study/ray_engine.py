@@ -352,6 +352,9 @@ def _run(
         message = f"node {socket.gethostname()} of the Ray cluster works on another device than this process: {why}"
         return Ended(Failure(unit.name, message, True, ""), 0.0, 0)
     _checked = True
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        # As in what a batch script starts in the background, and its children. A unit is stopped by this signal's handler.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     prepare_process(threads, fast_matmul)
     return run_unit(unit, stage, root)
 
@@ -373,9 +376,11 @@ def _lacks(device: str) -> str:
 def _own_sigterm() -> Iterator[None]:
     """Keep this process's answer to SIGTERM, which Ray replaces by an end without states when it starts."""
     before = signal.getsignal(signal.SIGTERM)
-    yield
-    if callable(before) and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, before)
+    try:
+        yield
+    finally:
+        if callable(before) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
 
 
 def reach(address: str | None) -> Any:

@@ -114,9 +114,9 @@ def waiting(context: Context) -> list[Waiting]:
 def kept_together(context: Context, cell: Cell, layers: Sequence[int]) -> list[list[int]]:
     """Parts of a group of layers, each with all its layers in one state or in none: a training goes on from a state that holds
     all of it, and the groups of a run that was stopped may have been smaller."""
-    missing = missing_parts(context, cell, layers)
     folders = context.store.train_states_dir(cell.model.name, cell.checkpoint.step).glob("layers_*")
     states = sorted((s for folder in folders for s in states_in(folder)), key=lambda s: -s.steps)
+    missing = missing_parts(context, cell, layers) if states else {}
     parts: list[list[int]] = []
     left = list(layers)
     for state in states:
