@@ -234,6 +234,23 @@ def test_what_was_trained_when_saving_stopped_is_not_trained_again(
     assert list(untrained.root.rglob(".resume")) == []
 
 
+def test_larger_groups_go_on_from_the_states_of_smaller_ones(
+    whole: RunStore, untrained: RunStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run on fewer, larger machines trains layers together that were trained apart."""
+    for layer, stop in ((0, 12), (1, 20)):
+        with monkeypatch.context() as patch:
+            stop_before(patch, training.CellTraining, "step", stop)
+            with pytest.raises(Stopped):
+                training.train_cell(str(untrained.root), "m", LM_STEPS, (layer,), silent)
+    with monkeypatch.context() as patch:
+        made = stop_before(patch, training.CellTraining, "step", -1)
+        run(STUDY, untrained.root, until="train")
+    # The last checkpoint chooses learning rates, and so comes first.
+    assert made[: 2 * SAE_STEPS - 32] == [*range(12, SAE_STEPS), *range(20, SAE_STEPS)]
+    assert contents(untrained.root, TRAINED) == contents(whole.root, TRAINED)
+
+
 @pytest.mark.parametrize("with_state", [True, False], ids=["state", "no-state"])
 @pytest.mark.parametrize("saved", range(1, 4))
 def test_saving_stopped_between_two_saes(

@@ -22,7 +22,8 @@ def environment(folder: str) -> Iterator[None]:
     """Ray quiet, all its files below a folder, and the tests' own modules known to its processes."""
     before = dict(os.environ)
     os.environ["PYTHONPATH"] = os.pathsep.join([*PATHS, *filter(None, [before.get("PYTHONPATH")])])
-    os.environ.update({**QUIET, **ON_LOOPBACK, "RAY_TMPDIR": folder})
+    # Ray would wait longer with every try of a task that it killed for its memory.
+    os.environ.update({**QUIET, **ON_LOOPBACK, "RAY_TMPDIR": folder, "RAY_task_oom_retry_delay_base_ms": "0"})
     try:
         yield
     finally:
@@ -31,12 +32,27 @@ def environment(folder: str) -> Iterator[None]:
 
 
 @contextmanager
+def in_background() -> Iterator[None]:
+    """What starts here ignores Ctrl-C, as all that a batch script starts in the background does."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
 def two_nodes() -> Iterator[Any]:
-    """Two nodes with one CPU each, every process of them on 127.0.0.1: a ray.cluster_utils.Cluster."""
+    """Two nodes with one CPU each, every process of them on 127.0.0.1: a ray.cluster_utils.Cluster.
+
+    The head says that it has a GPU, which need not be there.
+    """
     with tempfile.TemporaryDirectory(prefix="gr", dir="/tmp", ignore_cleanup_errors=True) as folder, environment(folder):
         cluster_of = importlib.import_module("ray.cluster_utils").Cluster  # reads the environment
         common = {"num_cpus": 1, "object_store_memory": OBJECT_STORE, "node_ip_address": "127.0.0.1"}
-        cluster = cluster_of(initialize_head=True, head_node_args={**common, "include_dashboard": False}, shutdown_at_exit=False)
+        head = {**common, "num_gpus": 1, "include_dashboard": False}
+        with in_background():
+            cluster = cluster_of(initialize_head=True, head_node_args=head, shutdown_at_exit=False)
         try:
             add_node(cluster)
             yield cluster
@@ -44,8 +60,11 @@ def two_nodes() -> Iterator[Any]:
             cluster.shutdown()
 
 
-def add_node(cluster: Any) -> Any:
-    node = cluster.add_node(num_cpus=1, object_store_memory=OBJECT_STORE, node_ip_address="127.0.0.1")
+def add_node(cluster: Any, cpus: int = 1, **settings: str) -> Any:
+    """A further node; `settings` are environment variables of its raylet."""
+    common = {"object_store_memory": OBJECT_STORE, "node_ip_address": "127.0.0.1", "env_vars": settings}
+    with in_background():
+        node = cluster.add_node(num_cpus=cpus, **common)
     cluster.wait_for_nodes()
     return node
 

@@ -57,8 +57,8 @@ def open_engine(study: Study, store: RunStore, console: Console, workers: int | 
         # All units on one kind of device, the driver's: numbers differ between kinds.
         gpus = compute.gpus_per_unit if device == "cuda" else 0.0
         return RayEngine(
-            store, compute.threads, console, gpus=gpus, fast_matmul=device == "cpu", address=machines.address, workers=workers,
-            plain=machines.plain,
+            store, compute.threads, console, device=device, gpus=gpus, fast_matmul=device == "cpu", address=machines.address,
+            workers=workers, plain=machines.plain,
         )  # fmt: skip
     return LocalEngine(
         store, workers or default_workers(study), compute.threads, console, fast_matmul=device == "cpu",

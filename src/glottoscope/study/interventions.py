@@ -20,7 +20,7 @@ from glottoscope.study.config import NAME_PATTERN, InterventionConfig
 from glottoscope.study.engine import Failure
 from glottoscope.study.engines import LOCAL, Machines, open_engine
 from glottoscope.study.load import parse_study
-from glottoscope.study.runner import explain, remake_report_locked
+from glottoscope.study.runner import explain, reach_machines, remake_report_locked
 from glottoscope.study.stages.context import Context
 from glottoscope.study.stages.intervene import units
 from glottoscope.study.stages.intervene.comet_scoring import score_comet
@@ -78,7 +78,7 @@ def intervene(
     Raises:
         InputError: bad input found before anything runs.
     """
-    store = RunStore(root)
+    store = RunStore(root.resolve())  # workers on other machines start elsewhere
     store.manifest()
     if name == STUDY_NAME:
         raise InputError(f"--name {name}: that is the name of the study file's own interventions; choose another")
@@ -86,10 +86,11 @@ def intervene(
         raise InputError(f"--name {name!r}: use letters, digits, dots, hyphens and underscores, as in --name second")
     if comet is not None:
         _check_comet(config, comet)
+    reach_machines(machines)
     with store.lock():
         for path in store.leftovers():
             store.remove(path)
-        context = Context.open(root)
+        context = Context.open(store.root)
         store.table("features")  # says what to do where the study is not complete
         wanted = experiments(context, config, name)
         if config.translation is not None:
@@ -110,7 +111,7 @@ def intervene(
                 if outcome.failures:
                     explain(console, outcome, "intervene")
                     return outcome.failures
-        remake_report_locked(root, console)
+        remake_report_locked(store.root, console)
     return []
 
 

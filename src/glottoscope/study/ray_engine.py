@@ -12,11 +12,14 @@ import importlib.metadata
 import os
 import platform
 import shutil
+import signal
 import socket
 import tempfile
+import textwrap
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from rich.console import Console
@@ -25,17 +28,20 @@ import glottoscope
 from glottoscope.errors import InputError
 from glottoscope.study.engine import Ended, Engine, Failure, Unit, lost, prepare_process, run_unit, usable_cores
 from glottoscope.study.heartbeats import read_sign
-from glottoscope.study.plan import describe_memory
-from glottoscope.study.store import RunStore, digest, file_digest
+from glottoscope.study.plan import describe_memory, describe_time
+from glottoscope.study.store import RunStore, file_digest
+from glottoscope.study.versions import code_hash
 from glottoscope.study.view import View
 
 RETRIES = 3  # of a unit whose process or node was lost; what a unit itself reports is not tried again
 OBJECT_STORE = 150 * 2**20  # of a cluster started here: objects are names and failures
 LOOK_S = 2.0  # between two looks at the signs of life
 PROBE_S = 120.0  # a node that does not answer for so long
-STOP_S = 15.0  # for units to write their state when a run is stopped
+GONE_S = 60.0  # units that no node has room for any more wait so long for one
+STOP_S = 240.0  # for units to write their state when a run is stopped: it may be tens of GB
+AT_ONCE_S = 3.0  # in which most units have stopped
 # What has to be the same on every node, since it can change a number.
-SAME = ("torch", "transformers", "tokenizers", "numpy", "scipy", "pyarrow", "safetensors", "numba")
+SAME = ("torch", "transformers", "tokenizers", "numpy", "scipy", "pyarrow", "safetensors", "numba", "triton")
 NO_RAY = "--engine ray needs Ray: pip install 'glottoscope[ray]', on every node"
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -43,6 +49,8 @@ QUIET = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_enable_metrics_collection": "false",
     "RAY_enable_open_telemetry": "false",
+    # Else a unit that Ray kills to save its node's memory is tried again without end.
+    "RAY_task_oom_retries": str(RETRIES),
 }
 
 
@@ -64,20 +72,22 @@ class RayEngine(Engine):
     """Units on a Ray cluster.
 
     Args:
+        device: the driver's; units on another kind of device are refused, since it would change numbers.
         gpus: GPUs that a unit asks for; 0: it runs on a CPU.
         address: of a cluster that is there, HOST:PORT of its head or "auto"; None: one is started on this machine.
         workers: units at once; default: as many as the nodes have room for.
     """
 
     def __init__(
-        self, store: RunStore, threads: int, console: Console | None = None, *, gpus: float = 0.0, fast_matmul: bool = True,
-        address: str | None = None, workers: int | None = None, plain: bool = False,
+        self, store: RunStore, threads: int, console: Console | None = None, *, device: str = "cpu", gpus: float = 0.0,
+        fast_matmul: bool = True, address: str | None = None, workers: int | None = None, plain: bool = False,
     ) -> None:  # fmt: skip
         super().__init__(store, threads, console, plain=plain)
-        self.gpus, self.address, self.fast_matmul = gpus, address, fast_matmul
+        self.device, self.gpus, self.address, self.fast_matmul = device, gpus, address, fast_matmul
         self.workers = workers
         self.slots = workers or 1
         self._nodes: list[Node] = []
+        self._stranded_since: float | None = None
         self._ray: Any = None
         self._folder: str | None = None  # of a cluster started here
         self._mine = False  # whether this engine connected, and so has to let go
@@ -88,20 +98,14 @@ class RayEngine(Engine):
         Raises:
             InputError: no Ray, no such cluster, other versions there, or a node that does not see the run directory.
         """
-        host = "127.0.0.1" if self.address is None else self.address.rpartition(":")[0]
-        quiet = {**QUIET, **(ON_LOOPBACK if host in ("127.0.0.1", "localhost", "[::1]") else {})}
-        os.environ.update({k: os.environ.get(k, v) for k, v in quiet.items()})
-        try:
-            self._ray = importlib.import_module("ray")
-        except ImportError:
-            raise InputError(NO_RAY) from None
-        if not hasattr(self._ray, "__version__"):  # a folder of that name beside the program
-            raise InputError(NO_RAY)
+        self._ray = reach(self.address)
         self._mine = not self._ray.is_initialized()
         try:
             if self._mine:
                 self._connect()
             self._nodes = self._usable_nodes()
+            if not self._nodes:
+                raise InputError(f"no node of the Ray cluster has {self._need()}, which is what a unit needs (compute.threads)")
             self._probe()
         except BaseException:
             self.stop(kill=True)
@@ -110,6 +114,8 @@ class RayEngine(Engine):
         self.slots = min(self.workers or room, room)
         where = "started here" if self.address is None else self.address
         self.console.print(f"Ray {self._ray.__version__}, {where}: {len(self._nodes)} node(s), {self.slots} unit(s) at once")
+        if not self.gpus and (unused := sum(node.gpus for node in self._nodes)):
+            self.console.print(f"{unused:g} GPU(s) of the cluster are not used: units work on the {self.device}, as this process")
 
     def _connect(self) -> None:
         common = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": False}
@@ -117,34 +123,38 @@ class RayEngine(Engine):
             cores = (self.workers or max(1, len(usable_cores()) // self.threads)) * self.threads
             # Sockets have short names only; a home or scratch folder may not.
             self._folder = tempfile.mkdtemp(prefix="gr", dir="/tmp" if os.access("/tmp", os.W_OK) else None)
-            settings = {"num_cpus": cores, "include_dashboard": False, "object_store_memory": OBJECT_STORE,
+            # "local": else RAY_ADDRESS in the environment would be another cluster to connect to.
+            settings = {"address": "local", "num_cpus": cores, "include_dashboard": False, "object_store_memory": OBJECT_STORE,
                         "_node_ip_address": "127.0.0.1", "_temp_dir": self._folder}  # fmt: skip
         else:
-            _look_at(self.address)
             settings = {"address": self.address}
         try:
-            self._ray.init(**settings, **common)
+            with _own_sigterm():
+                self._ray.init(**settings, **common)
         except (RuntimeError, ConnectionError, ValueError, TimeoutError) as error:
             what = (
                 "Ray could not be started here" if self.address is None else f"--address {self.address}: no Ray cluster to work on"
             )
-            raise InputError(f"{what}: {_first_line(error)}") from None
+            # Ray takes its token from the home directory for a cluster of its own only.
+            token = "; it wants a token: set RAY_AUTH_MODE=token" if "AuthToken" in f"{error} {error.__cause__}" else ""
+            raise InputError(f"{what}: {_line(error)}{token}") from None
         if self.address is None and any(n["NodeManagerAddress"] != "127.0.0.1" for n in self._ray.nodes()):
             raise InputError(
                 "Ray was imported before and would listen to the network: run in a process of its own, or with --address"
             )
 
     def _usable_nodes(self) -> list[Node]:
+        """Nodes that are alive and have room for a unit."""
         nodes = []
         for found in self._ray.nodes():
             has = found["Resources"]
             node = Node(found["NodeID"], found["NodeManagerHostname"], has.get("CPU", 0), has.get("GPU", 0), has.get("memory", 0))
             if found["Alive"] and self._room(node):
                 nodes.append(node)
-        if not nodes:
-            need = f"{self.threads} CPU(s)" + (f" and {self.gpus:g} GPU(s)" if self.gpus else "")
-            raise InputError(f"no node of the Ray cluster has {need}, which is what a unit needs (compute.threads)")
         return nodes
+
+    def _need(self) -> str:
+        return f"{self.threads} CPU(s)" + (f" and {self.gpus:g} GPU(s)" if self.gpus else "")
 
     def _room(self, node: Node) -> int:
         """Units that fit on a node by its CPUs and GPUs."""
@@ -170,7 +180,8 @@ class RayEngine(Engine):
             except ray.exceptions.GetTimeoutError:
                 raise InputError(f"node {node.host} of the Ray cluster has not answered for {PROBE_S:.0f} s") from None
             except ray.exceptions.RayError as error:
-                raise InputError(f"node {node.host} of the Ray cluster cannot run glottoscope: {_last_line(error)}") from None
+                why = "it ran out of memory" if isinstance(error, ray.exceptions.OutOfMemoryError) else _line(error)
+                raise InputError(f"node {node.host} of the Ray cluster cannot run glottoscope: {why}") from None
             if theirs["manifest"] != own["manifest"]:
                 raise InputError(f"node {node.host} of the Ray cluster {_seen(theirs, root)}: all nodes need one shared folder")
             if not theirs["writable"]:
@@ -186,31 +197,68 @@ class RayEngine(Engine):
         ray = self._ray
         task = ray.remote(max_retries=RETRIES, retry_exceptions=False, scheduling_strategy="SPREAD")(_run)
         code, root = describe_node(None)["versions"], str(self.store.root.resolve())
-        most = max(node.memory for node in self._nodes)
-        queue, waiting = iter(units), {}
+        queue, waiting = deque(units), {}
         looked = 0.0
+        self._stranded_since = None
         try:
-            while True:
+            while queue or waiting:
                 # Never more than there is room for: Ray holds what waits, but --workers is a limit.
-                for unit in queue if self.workers is None else _first(queue, self.slots - len(waiting)):
-                    if unit.memory > most:
-                        need = f"it needs {describe_memory(unit.memory)}, and the largest node offers {describe_memory(most)}"
-                        finish(unit, Ended(Failure(unit.name, f"{need}: set compute.memory_gb", True, ""), 0.0, 0))
+                while queue and (self.workers is None or len(waiting) < self.slots):
+                    unit = queue.popleft()
+                    if unit.memory > max(node.memory for node in self._nodes):
+                        finish(unit, self._no_room(unit))
                         continue
                     asked = task.options(num_cpus=self.threads, num_gpus=self.gpus, memory=unit.memory or None, name=unit.name)
-                    waiting[asked.remote(unit, stage, root, self.threads, self.fast_matmul, code)] = unit
+                    answer = asked.remote(unit, stage, root, self.threads, self.fast_matmul, self.device, code)
+                    waiting[answer] = unit
                 if not waiting:
                     break
-                ready, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=0.2, fetch_local=False)
-                if time.monotonic() - looked > LOOK_S:
-                    self._look(waiting.values(), view)
-                    looked = time.monotonic()
+                ready, _ = ray.wait(list(waiting), num_returns=1, timeout=0.2, fetch_local=False)
+                if ready:
+                    ready, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=0, fetch_local=False)
                 for answer in ready:
                     unit = waiting.pop(answer)
                     finish(unit, self._answer(unit, answer))
+                if time.monotonic() - looked > LOOK_S:
+                    self._look(waiting.values(), view)
+                    for answer in self._stranded(waiting):
+                        ray.cancel(answer)
+                        unit = waiting.pop(answer)
+                        finish(unit, self._no_room(unit))
+                    looked = time.monotonic()
         except BaseException:
             self._cancel(list(waiting))
             raise
+
+    def _no_room(self, unit: Unit) -> Ended:
+        most = describe_memory(max(node.memory for node in self._nodes))
+        message = f"it needs {describe_memory(unit.memory)}, and the largest node offers {most}: set compute.memory_gb"
+        return Ended(Failure(unit.name, message, True, ""), 0.0, 0)
+
+    def _stranded(self, waiting: Mapping[Any, Unit]) -> list[Any]:
+        """Answers that will not come: for GONE_S no node that is left had room for their units.
+
+        Raises:
+            InputError: no node is left at all.
+        """
+        nodes = self._usable_nodes()
+        self._nodes = nodes or self._nodes
+        most = max((node.memory for node in nodes), default=-1)
+        found = [answer for answer, unit in waiting.items() if unit.memory > most]
+        if not found:
+            self._stranded_since = None
+            return []
+        now = time.monotonic()
+        if self._stranded_since is None:
+            self._stranded_since = now
+        if now - self._stranded_since < GONE_S:
+            return []
+        if not nodes:
+            raise InputError(
+                f"no node of the Ray cluster is left that has {self._need()}, which is what a unit needs: "
+                f"{len(waiting)} unit(s) wait; start nodes, and the same command continues"
+            )
+        return found
 
     def _answer(self, unit: Unit, answer: Any) -> Ended:
         errors = self._ray.exceptions
@@ -220,10 +268,13 @@ class RayEngine(Engine):
             # Its sign of life is a dead process's.
             with contextlib.suppress(OSError):
                 self.store.sign_path(unit.name).unlink(missing_ok=True)
+            if isinstance(error, errors.OutOfMemoryError):
+                message = f"its node ran out of memory, {RETRIES + 1} times: set compute.memory_gb, or fewer --workers"
+                return Ended(Failure(unit.name, message, True, ""), 0.0, 0)
             # What a unit raises comes back as its answer: this is of before it began.
             began = not isinstance(error, errors.RayTaskError)
             what = f"its process or node was lost, {RETRIES + 1} times" if began else "it could not begin on its node"
-            return lost(unit, f"{what}: {_last_line(error)}")
+            return lost(unit, f"{what}: {_line(error)}")
 
     def _look(self, units: Any, view: View) -> None:
         try:
@@ -237,11 +288,16 @@ class RayEngine(Engine):
 
     def _cancel(self, answers: list[Any]) -> None:
         """Stop units the way Ctrl-C does, so that long trainings keep their state; after a while without asking."""
-        ray = self._ray
+        ray, left = self._ray, answers
         with contextlib.suppress(ray.exceptions.RayError, RuntimeError):
-            for answer in answers:
-                ray.cancel(answer)
-            _, left = ray.wait(answers, num_returns=len(answers), timeout=STOP_S) if answers else ([], [])
+            with contextlib.suppress(KeyboardInterrupt):
+                for answer in answers:
+                    ray.cancel(answer)
+                _, left = ray.wait(left, num_returns=len(left), timeout=AT_ONCE_S) if left else ([], [])
+                if left:
+                    limit = f"at most {describe_time(STOP_S)}"
+                    self.console.print(f"waiting for the states of {len(left)} unit(s), {limit}; Ctrl-C again stops at once")
+                    _, left = ray.wait(left, num_returns=len(left), timeout=STOP_S)
             for answer in left:
                 ray.cancel(answer, force=True)
 
@@ -267,8 +323,7 @@ def describe_node(root: str | None) -> dict[str, Any]:
         versions[name] = ""
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
-    folder = Path(glottoscope.__file__).parent
-    versions["glottoscope's code"] = digest([file_digest(p) for p in sorted(folder.rglob("*.py"))])[:12]
+    versions["glottoscope's code"] = code_hash()[:12]
     if root is None:
         return {"versions": versions}
     manifest = RunStore(root).manifest_path
@@ -280,20 +335,72 @@ def describe_node(root: str | None) -> dict[str, Any]:
 _checked = False
 
 
-def _run(unit: Unit, stage: str, root: str, threads: int, fast_matmul: bool, versions: dict[str, str]) -> Ended:
+def _run(
+    unit: Unit, stage: str, root: str, threads: int, fast_matmul: bool, device: str, versions: dict[str, str]
+) -> Ended:  # fmt: skip
     """A unit, in a process of Ray's."""
     global _checked
     if not _checked and (own := describe_node(None)["versions"]) != versions:
         name = next(k for k in versions if own.get(k) != versions[k])
         message = f"node {socket.gethostname()}, which joined the Ray cluster later, has another {name}: {own.get(name)}"
         return Ended(Failure(unit.name, message, True, ""), 0.0, 0)
-    _checked = True
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if device == "cpu":
+        # Ray may leave a node's GPUs visible to a unit that asked for none; read when CUDA starts, which is later.
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    if not _checked and (why := _lacks(device)):
+        message = f"node {socket.gethostname()} of the Ray cluster works on another device than this process: {why}"
+        return Ended(Failure(unit.name, message, True, ""), 0.0, 0)
+    _checked = True
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        # As in what a batch script starts in the background, and its children. A unit is stopped by this signal's handler.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     prepare_process(threads, fast_matmul)
     return run_unit(unit, stage, root)
 
 
+def _lacks(device: str) -> str:
+    from glottoscope.lm.checkpoints import choose_device
+
+    try:
+        choose_device(device)
+    except InputError as error:
+        return str(error)
+    return ""
+
+
 # ---- small things
+
+
+@contextlib.contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Keep this process's answer to SIGTERM, which Ray replaces by an end without states when it starts."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if callable(before) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
+
+
+def reach(address: str | None) -> Any:
+    """Ray's module, once it is sure that something answers where a cluster is to be.
+
+    Raises:
+        InputError: no Ray, or nothing at the address.
+    """
+    host = "127.0.0.1" if address is None else address.rpartition(":")[0]
+    quiet = {**QUIET, **(ON_LOOPBACK if host in ("127.0.0.1", "localhost", "[::1]") else {})}
+    os.environ.update({k: os.environ.get(k, v) for k, v in quiet.items()})
+    try:
+        ray = importlib.import_module("ray")
+    except ImportError:
+        raise InputError(NO_RAY) from None
+    if not hasattr(ray, "__version__"):  # a folder of that name beside the program
+        raise InputError(NO_RAY)
+    if address is not None:
+        _look_at(address)
+    return ray
 
 
 def _look_at(address: str) -> None:
@@ -315,17 +422,7 @@ def _seen(theirs: dict[str, Any], root: str) -> str:
     return f"sees another {root}" if theirs["manifest"] else f"does not see {root}"
 
 
-def _first(units: Iterator[Unit], n: int) -> Iterator[Unit]:
-    for _ in range(n):
-        unit = next(units, None)
-        if unit is None:
-            return
-        yield unit
-
-
-def _first_line(error: BaseException) -> str:
-    return next((x.strip() for x in str(error).splitlines() if x.strip()), type(error).__name__)
-
-
-def _last_line(error: BaseException) -> str:
-    return next((x.strip() for x in reversed(str(error).splitlines()) if x.strip()), type(error).__name__)
+def _line(error: BaseException) -> str:
+    lines = [x.strip() for x in str(error).splitlines() if x.strip()] or [type(error).__name__]
+    # A traceback says it last; Ray says it first, and advises at length.
+    return textwrap.shorten(lines[-1] if hasattr(error, "traceback_str") else lines[0], 200, placeholder=" ...")

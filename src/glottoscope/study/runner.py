@@ -26,8 +26,9 @@ from glottoscope.study.plan import BYTES, PROCESS, Cell, train_memory, unit_name
 from glottoscope.study.stages import collecting, pretraining, reporting, rulers, scoring, tables, tokenizing, training
 from glottoscope.study.stages.context import Context
 from glottoscope.study.stages.intervene import units as intervening
-from glottoscope.study.store import RunStore, digest, file_digest, tree_size
+from glottoscope.study.store import RunStore, digest, tree_size
 from glottoscope.study.telling import telling
+from glottoscope.study.versions import code_hash
 from glottoscope.walking import listed
 
 LIBRARIES = (
@@ -75,9 +76,11 @@ def run_study(
         InputError: bad input found before anything runs.
     """
     console = console or Console(stderr=True)
-    store = RunStore(out)
+    # Workers on other machines start elsewhere: a path that says nothing of the current folder.
+    store = RunStore(out.resolve())
     # A folder that is not this study's is not even locked: nothing of it changes.
     preflight(study)
+    reach_machines(machines)
     store.check_owner(study)
     with store.lock():
         store.create(study, describe_run(study))
@@ -169,6 +172,14 @@ def preflight(study: Study) -> None:
         intervening.check(study)
 
 
+def reach_machines(machines: Machines) -> None:
+    """Find out that a cluster is not there before the long work of a start, such as hashing a corpus."""
+    if machines.checked().engine == "ray":
+        from glottoscope.study.ray_engine import reach
+
+        reach(machines.address)
+
+
 def _has_weights(folder: Path) -> bool:
     return any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))
 
@@ -191,7 +202,7 @@ def describe_run(study: Study) -> dict[str, Any]:
             "study": study.study.seed, "sae": list(study.sae.seeds),
             "lm": {m.name: list(m.seeds) if isinstance(m, PretrainModel) else m.seed for m in study.models},
         },
-        "hashes": {"study": digest(study.identity()), "code": _code_hash()},
+        "hashes": {"study": digest(study.identity()), "code": code_hash()},
     }  # fmt: skip
 
 
@@ -228,11 +239,6 @@ def _widest(study: Study) -> int:
     from glottoscope.study.plan import expand
 
     return max((run.shape.d_model for run in expand(study) if run.shape is not None), default=1)
-
-
-def _code_hash() -> str:
-    root = Path(glottoscope.__file__).parent
-    return digest([(str(p.relative_to(root)), file_digest(p)) for p in sorted(root.rglob("*.py"))])
 
 
 def explain(console: Console, outcome: Outcome, stage: str) -> None:
@@ -314,14 +320,16 @@ def _cell_units(
     """Units of one cell x layer group each, of the cells that choose learning rates, of the others, or of all.
 
     Groups are as large as memory allows, since each costs a language model pass; but where they are fewer than the
-    workers they are split, since an idle core costs more. Groups change no number.
+    workers they are split, since an idle core costs more; where a training was stopped, its layers stay together, to go on
+    from its state. Groups change no number.
     """
     groups = [
         (cell, layers)
         for cell in context.cells
         if choosers is None or choosers == _is_chooser(context, cell)
         for group in context.groups(cell.model, memory)
-        if (layers := missing(context, cell, group))
+        if (found := missing(context, cell, group))
+        for layers in (training.kept_together(context, cell, found) if function is training.train_cell else [found])
     ]
     parts = max(1, workers // max(1, len(groups)))
     units = []

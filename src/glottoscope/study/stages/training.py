@@ -26,6 +26,7 @@ from glottoscope.study.metrics import POINTS, MetricsFile, Point
 from glottoscope.study.plan import Cell, seed_for, unit_name
 from glottoscope.study.stages.context import Context, bucketed, hidden_states
 from glottoscope.study.stages.resuming import VERSION, Keeper, Waiting, newest, surroundings
+from glottoscope.study.stages.states import states_in
 from glottoscope.study.stages.tokenizing import read_json
 from glottoscope.study.store import digest
 from glottoscope.walking import listed
@@ -128,6 +129,26 @@ def waiting(context: Context) -> list[Waiting]:
         missing = missing_parts(context, cell, cell.model.known_layers()) if folders else {}
         found += [Waiting(f, f"{cell.name} {f.name.replace('_', ' ')}", newest(f, missing)) for f in folders]
     return found
+
+
+def kept_together(context: Context, cell: Cell, layers: Sequence[int]) -> list[list[int]]:
+    """Parts of a group of layers, each with all its layers in one state or in none: a training goes on from a state that holds
+    all of it, and the groups of a run that was stopped may have been smaller."""
+    folders = context.store.train_states_dir(cell.model.name, cell.checkpoint.step).glob("layers_*")
+    states = sorted((s for folder in folders for s in states_in(folder)), key=lambda s: -s.steps)
+    missing = missing_parts(context, cell, layers) if states else {}
+    parts: list[list[int]] = []
+    left = list(layers)
+    for state in states:
+        held = [layer for layer in left if (own := _of_layer(missing, layer)) and own.items() <= state.keys.items()]
+        if held:
+            parts.append(held)
+            left = [layer for layer in left if layer not in held]
+    return sorted([*parts, left] if left else parts)
+
+
+def _of_layer(parts: dict[str, str], layer: int) -> dict[str, str]:
+    return {part: key for part, key in parts.items() if part.startswith(f"layer_{layer}/")}
 
 
 def train_cell(root: str, model: str, step: int, layers: tuple[int, ...], report: Any) -> None:
