@@ -86,7 +86,7 @@ def test_plan_follows_overrides(study_file: Path) -> None:
     ended = command("plan", study_file, "--set", "layers=all", "--set", "sae.seeds=[0,1,2]")
     assert ended.code == 0
     (row,) = (x for x in ended.out.splitlines() if " m " in x)
-    assert [x.strip() for x in row.split("│")][3:6] == ["2", "2", "12"]
+    assert [x.strip() for x in row.split("│")][2:5] == ["2", "2", "12"]
     assert not list(study_file.parent.glob("runs"))
 
 

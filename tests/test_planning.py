@@ -14,14 +14,18 @@ from hypothesis import strategies as st
 from rich.console import Console
 from study_fixture import INTERVENTION, PLANTED, as_study, command, planted, planted_model, run
 
-from glottoscope.study import calibration, planning
+from glottoscope.atomic import write_json
+from glottoscope.errors import InputError
+from glottoscope.study import calibration, machine, planning
 from glottoscope.study.config import Study
 from glottoscope.study.load import load_study, parse_study, preset_text
-from glottoscope.study.plan import expand
+from glottoscope.study.plan import expand, train_memory
 from glottoscope.study.rates import EFFICIENCY, Point, Rates
+from glottoscope.study.runner import describe_run, stages
 from glottoscope.study.stages import resuming
+from glottoscope.study.stages.context import Context
 from glottoscope.study.stages.intervene.experiments import chunks
-from glottoscope.study.store import RESUME_FOLDER, tree_size
+from glottoscope.study.store import RESUME_FOLDER, RunStore, tree_size
 from glottoscope.study.times import TIMED, Units, conditions, makespan, times, total
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "llm-jp-3.toml"
@@ -204,16 +208,81 @@ def said(study: Study, out: Path, **changes: Any) -> str:
 
 def test_what_cannot_fit_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny, paper = as_study(PLANTED), load_study(EXAMPLE, ["compute.device=cpu"])
+    monkeypatch.setattr(planning.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10**13})())
     assert said(tiny, tmp_path / "not" / "there") == ""
-    monkeypatch.setattr(planning, "machine_memory", lambda: 8 * 2**30)
-    assert "one layer needs" in said(paper, tmp_path)
-    monkeypatch.setattr(planning, "machine_memory", lambda: 64 * 2**30)
-    assert "set compute.memory_gb" in said(paper, tmp_path)
+    monkeypatch.setattr(machine, "machine_memory", lambda: 8 * 2**30)
+    words = said(paper, tmp_path)
+    assert "One layer of llm-jp-3-440m, " in words and "(80% of this machine's 8.0 GiB): take a larger machine" in words
+    monkeypatch.setattr(machine, "machine_memory", lambda: 64 * 2**30)
+    assert said(paper, tmp_path) == "", "layers go in groups that fit by themselves"
+    shared = said(paper, tmp_path, workers=2)
+    assert "a process may use 25.6 GiB (80% of this machine's 64.0 GiB by 2 workers): fewer --workers, or lower" in shared
     assert "fewer --workers" in said(load_study(EXAMPLE, ["compute.device=cpu", "compute.memory_gb=60"]), tmp_path, workers=2)
-    monkeypatch.setattr(planning, "_gpu_memory", lambda: 4 * 2**30)
-    assert "The GPU has 4.0 GiB free" in said(load_study(EXAMPLE, ["compute.device=cuda"]), tmp_path)
+    assert "raise compute.memory_gb" in said(load_study(EXAMPLE, ["compute.device=cpu", "compute.memory_gb=6"]), tmp_path)
+    cuda = load_study(EXAMPLE, ["compute.device=cuda"])
+    assert said(cuda, tmp_path, workers=8) == "", "what the GPU of another machine has is not known here"
+    monkeypatch.setattr(machine, "gpu_memory", lambda: 4 * 2**30)
+    assert "(80% of 4.0 GiB free on the GPU): take a larger" in said(cuda, tmp_path)
+    stated = load_study(EXAMPLE, ["compute.device=cuda", "compute.memory_gb=60"])
+    assert "The GPU has 4.0 GiB free and 1 process(es) on it need up to" in said(stated, tmp_path)
     monkeypatch.setattr(planning.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10**9})())
     assert "has 953.7 MiB free: choose another --out" in said(paper, tmp_path)
+
+
+def test_the_plan_is_of_the_groups_that_the_run_makes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With compute.memory_gb unset: the units of the first run, without doing them."""
+    raw = planted(
+        models=planted_model(n_layers=6, checkpoints=[0, 10, 20]), layers="all", sae={"n": 2**20, "lr": [1e-3, 3e-3]},
+        controls={"frozen_decoder": True},
+    )  # fmt: skip
+    study = as_study(raw)
+    (first, *_) = expand(study)
+    assert first.shape is not None
+    have = int(train_memory(study, first.shape, 6) / machine.SHARE) + 1024
+    monkeypatch.setattr(machine, "machine_memory", lambda: have)
+    store = RunStore(tmp_path / "run")
+    store.create(study, describe_run(study))
+    context = Context.open(store.root)
+    for workers, groups in ((1, 1), (2, 3), (3, 6), (24, None)):
+        room = machine.room_for(study, workers)
+        if groups is None:
+            with pytest.raises(InputError, match="fewer --workers"):
+                context.groups(first, room)
+            continue
+        found = planning.forecast(study, STATED, workers)
+        assert {cost.groups for _, cost in found.rows if cost is not None} == {groups}
+        made = [(s, u) for s, units in stages(context, room, workers) if s in ("train", "features") for u in units()]
+        for stage in ("train", "features"):
+            assert sum(u.count for u in found.units if u.stage == stage) == sum(s == stage for s, _ in made)
+        assert found.peak == max(u.memory for _, u in made) <= room.each
+
+
+def test_plan_and_the_first_line_of_a_run_say_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    path = tmp_path / "study.toml"
+    path.write_text(tomli_w.dumps(PLANTED), encoding="utf-8")
+    study = as_study(PLANTED)
+    measured = {json.dumps(t, sort_keys=True): 1e-6 for t in calibration.tasks_of(study)}
+    write_json(calibration.cache_path(study, 1), {"measured": measured})
+    monkeypatch.setattr(machine, "machine_memory", lambda: 2**30)
+    plan = command("plan", path, "--workers", "1").out
+    assert "Each may use 819.2 MiB (80% of this machine's 1.0 GiB)" in plan
+    (total,) = (line.split("│") for line in plan.splitlines() if line.startswith("│ total"))
+    peak, disk = (total[i].strip() for i in (6, 7))
+    ran = command("run", path, "--out", tmp_path / "out", "--workers", "1", "--until", "pretrain").err
+    assert f"with 1 worker(s), {peak} a process, {disk} on disk" in ran
+
+
+def test_what_lies_there_needs_no_room_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study, out = as_study(PLANTED), tmp_path / "run"
+    need = planning.forecast(study, STATED, 1).disk
+    monkeypatch.setattr(planning.shutil, "disk_usage", lambda _: type("Usage", (), {"free": need // 2})())
+    assert "The run directory grows to about" in said(study, out)
+    out.mkdir()
+    (out / "done").write_bytes(bytes(2 * need // 3))
+    assert said(study, out) == ""
+    (out / "done").rename(out / "less")
+    (out / "less").write_bytes(bytes(need // 3))
+    assert "The run directory grows by about" in said(study, out)
 
 
 def test_checkpoints_beyond_the_disk_budget_are_said(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ import glottoscope
 from glottoscope.atomic import write_json
 from glottoscope.errors import InputError
 from glottoscope.study.config import PretrainModel, Study
+from glottoscope.study.machine import device_of
 from glottoscope.study.plan import ModelRun, expand, mlp_width
 from glottoscope.study.rates import KINDS, Kind, Point, Rates, collect_work, forward_work, pretrain_work, sae_work
 from glottoscope.study.store import digest
@@ -262,13 +263,6 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def device_of(study: Study) -> str:
-    """The device as far as it can be told without torch."""
-    if study.compute.device != "auto":
-        return study.compute.device
-    return "cuda" if Path("/dev/nvidiactl").exists() else "cpu"
-
-
 def cache_path(study: Study, workers: int) -> Path:
     """The file in the user's cache folder that holds this machine's measurements."""
     cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
@@ -278,10 +272,10 @@ def cache_path(study: Study, workers: int) -> Path:
 
 
 def cached(study: Study, workers: int) -> dict[str, float]:
-    """Task (as JSON) -> seconds a token, as measured before; empty where nothing was."""
+    """Task (as JSON) -> seconds a token, as measured before; empty where nothing was, or there is no place for it."""
     try:
         found = json.loads(cache_path(study, workers).read_text(encoding="utf-8"))["measured"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError):  # RuntimeError: there is no home
         return {}
     return {k: float(v) for k, v in found.items()} if isinstance(found, dict) else {}
 
@@ -298,6 +292,12 @@ def rates_of(measured: dict[str, float], flops: float, study: Study) -> Rates | 
             points[task["kind"]].append(Point(task["work"], seconds))
     points = {kind: _merged(found) for kind, found in points.items() if found}
     return Rates(flops, points, "calibrated on this machine") if points else None
+
+
+def kinds_of(study: Study) -> list[Kind]:
+    """The kinds of work that a study is made of."""
+    found = {task["kind"] for task in _safely(study)}
+    return [kind for kind in KINDS if kind in found]
 
 
 def _safely(study: Study) -> list[dict[str, Any]]:
@@ -325,6 +325,10 @@ def calibrate(study: Study, workers: int, *, budget: float = BUDGET_S) -> dict[s
         InputError: no size of a model is known, or a measuring process failed.
     """
     tasks = tasks_of(study)
+    try:
+        path = cache_path(study, workers)
+    except RuntimeError:
+        raise InputError("there is no home to keep the calibration in: set XDG_CACHE_HOME to a folder") from None
     # A first call of each task compiles and allocates: it takes about as long again.
     each = max(0.2, (budget - START_S) / len(tasks) / 2)
     job = json.dumps({"tasks": tasks, "seconds": each, "threads": study.compute.threads, "device": device_of(study)})
@@ -348,7 +352,6 @@ def calibrate(study: Study, workers: int, *, budget: float = BUDGET_S) -> dict[s
         seconds = [r[i] for r in results if r[i] is not None]
         if seconds:
             measured[json.dumps(task, sort_keys=True)] = sum(seconds) / len(seconds)
-    path = cache_path(study, workers)
     write_json(path, {"machine": machine(study.compute.threads, workers, device_of(study)), "measured": measured})
     return measured
 

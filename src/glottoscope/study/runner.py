@@ -18,10 +18,12 @@ import glottoscope
 from glottoscope.errors import InputError
 from glottoscope.study.config import STAGES, PlantedCorpus, PretrainModel, Study, TextCorpus
 from glottoscope.study.engine import Failure, Outcome, Unit
-from glottoscope.study.engines import LOCAL, Machines, default_workers, memory_budget, memory_of, open_engine
+from glottoscope.study.engines import LOCAL, Machines, check_room, open_engine, room_of
 from glottoscope.study.heartbeats import Sign, signs
 from glottoscope.study.load import corpus_path
-from glottoscope.study.plan import BYTES, PROCESS, Cell, train_memory
+from glottoscope.study.machine import device_of, stated_room
+from glottoscope.study.plan import BYTES, PROCESS, Cell, Room, parts_of, split_layers, train_memory
+from glottoscope.study.planning import announce
 from glottoscope.study.stages import collecting, pretraining, reporting, rulers, scoring, tables, tokenizing, training
 from glottoscope.study.stages.context import Context
 from glottoscope.study.stages.intervene import units as intervening
@@ -86,8 +88,10 @@ def run_study(
         if isinstance(study.corpus, TextCorpus):
             store.record_sources({str(corpus_path(study.corpus, p)): h for p, h in context.source_hashes.items()})
         with open_engine(study, store, console, workers, machines) as engine:
-            result = RunResult([], STAGES[0])
-            for stage, units in stages(context, memory_of(engine, study), engine.slots):
+            result, room = RunResult([], STAGES[0]), room_of(engine, study)
+            check_room(context, room, until)
+            announce(study, out, engine.slots, room, console, nodes=machines.address is not None)
+            for stage, units in stages(context, room, engine.slots):
                 if STAGES.index(stage) > STAGES.index(until):
                     break
                 try:
@@ -243,7 +247,7 @@ def explain(console: Console, outcome: Outcome, stage: str) -> None:
 Units = Callable[[], list[Unit]]
 
 
-def stages(context: Context, memory: float, workers: int = 1) -> Iterator[tuple[str, Units]]:
+def stages(context: Context, memory: float | Room, workers: int = 1) -> Iterator[tuple[str, Units]]:
     """Every stage with a function that lists its missing units; asked in order, since later ones depend on earlier."""
 
     def cells(function: Callable[..., None], missing: Callable[..., list[int]], choosers: bool | None = None) -> list[Unit]:
@@ -303,7 +307,7 @@ def _token_units(context: Context) -> list[Unit]:
 
 
 def _cell_units(
-    context: Context, memory: float, workers: int, function: Callable[..., None], missing: Callable[..., list[int]],
+    context: Context, memory: float | Room, workers: int, function: Callable[..., None], missing: Callable[..., list[int]],
     choosers: bool | None,
 ) -> list[Unit]:  # fmt: skip
     """Units of one cell x layer group each, of the cells that choose learning rates, of the others, or of all.
@@ -318,13 +322,12 @@ def _cell_units(
         for group in context.groups(cell.model, memory)
         if (layers := missing(context, cell, group))
     ]
-    parts = max(1, workers // max(1, len(groups)))
+    parts = parts_of(len(groups), workers)
     units = []
     for cell, layers in groups:
         assert cell.model.shape is not None
-        size = -(-len(layers) // min(parts, len(layers)))
-        for part in (layers[i : i + size] for i in range(0, len(layers), size)):
-            arguments = (str(context.store.root), cell.model.name, cell.checkpoint.step, tuple(part))
+        for part in split_layers(layers, parts):
+            arguments = (str(context.store.root), cell.model.name, cell.checkpoint.step, part)
             need = unit_memory(context, cell, len(part))
             units.append(Unit(_name(cell, part, context), function, arguments, len(part) * cell.model.shape.d_model, need))
     return sorted(units, key=lambda u: -u.weight)
@@ -334,7 +337,7 @@ def unit_memory(context: Context, cell: Cell, layers: int) -> int:
     """Bytes of the host's memory that a unit of a cell takes at most: with an accelerator, what loading the model takes."""
     shape = cell.model.shape
     assert shape is not None
-    if context.device().type == "cpu":
+    if device_of(context.study) == "cpu":
         return train_memory(context.study, shape, layers)
     return PROCESS + shape.n_params * BYTES
 
@@ -407,7 +410,8 @@ class StageStatus(NamedTuple):
 def status(root: Path) -> list[StageStatus]:
     """How far every stage of a run directory is."""
     context = Context.open(root)
-    memory = memory_budget(context.study, default_workers(context.study))
+    # Where the run will go on is not known here: it may be a login node that asks.
+    memory = stated_room(context.study)
     counts: dict[str, int] = dict.fromkeys(STAGES, 0)
     unknown = None
     for stage, units in stages(context, memory):
