@@ -13,6 +13,7 @@ import tomli_w
 from study_fixture import PLANTED, STAGES, command, glottoscope, planted, state, write_jsonl
 
 from glottoscope import __version__
+from glottoscope.study import machine
 from glottoscope.study.load import PRESETS, load_study
 from glottoscope.study.store import RunStore
 
@@ -125,6 +126,20 @@ def test_status_and_report_of_a_finished_run(tiny: RunStore, tmp_path: Path) -> 
     assert ended.code == 0
     assert ended.out == f"report: {tmp_path / 'run' / 'report' / 'index.html'}\n"
     assert {n: d for n, (_, d) in state(tmp_path / "run" / "report").items()} == {n: d for n, (_, d) in before.items()}
+
+
+def test_status_needs_neither_the_device_nor_the_memory_of_the_run(
+    tiny: RunStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a login node of a cluster whose nodes have GPUs."""
+    root = tmp_path / "run"
+    shutil.copytree(tiny.root, root)
+    text = (root / "study.toml").read_text(encoding="utf-8")
+    (root / "study.toml").write_text(text.replace('device = "cpu"', 'device = "cuda"'), encoding="utf-8")
+    monkeypatch.setattr(machine, "machine_memory", lambda: 2**20)
+    ended = command("status", root)
+    assert (ended.code, ended.err) == (0, "")
+    assert "units to do" in ended.out  # models of another device are other models
 
 
 def test_clean_says_what_goes(tiny: RunStore, tmp_path: Path) -> None:

@@ -11,11 +11,15 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from study_fixture import as_study, planted
 
 from glottoscope.errors import InputError
+from glottoscope.study import machine
 from glottoscope.study.engine import Unit, usable_cores
-from glottoscope.study.engines import Machines
+from glottoscope.study.engines import Machines, room_of
 from glottoscope.study.local import LocalEngine, Place, places
+from glottoscope.study.plan import PROCESS
+from glottoscope.study.ray_engine import Node, RayEngine
 from glottoscope.study.store import RunStore
 
 
@@ -72,3 +76,35 @@ def test_workers_keep_to_their_places(tmp_path: Path) -> None:
 def test_parts_that_do_not_go_together_are_said(machines: Machines, words: str) -> None:
     with pytest.raises(InputError, match=words):
         machines.checked()
+
+
+def test_a_node_is_shared_by_what_units_need(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A share of a node, or for one layer the whole of the largest: Ray then runs fewer at once."""
+    nodes = [Node("a", "a", 32, 0, 64e9), Node("b", "b", 16, 0, 48e9)]
+    engine = RayEngine(RunStore(tmp_path), 1, Console(file=StringIO()))
+    engine._nodes, engine.slots = nodes, 48
+    study = as_study(planted())
+    room = room_of(engine, study)
+    assert (room.each, room.most) == (2e9, 64e9)
+    assert room.advice(65e9) == "take a larger machine"
+    stated = room_of(engine, as_study(planted(compute={"memory_gb": 3.0})))
+    assert (stated.each, stated.most) == (3 * 2**30, 3 * 2**30)
+
+
+@pytest.mark.parametrize(("gpus", "sharing"), [(1.0, 1), (0.5, 2), (0.3, 3), (0.6, 1), (2.0, 1)])
+def test_units_that_share_a_gpu_share_its_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpus: float, sharing: int
+) -> None:
+    """Whatever the driver's own GPUs and the cluster's slots."""
+    monkeypatch.setattr(machine, "gpu_memory", lambda: 10**10)
+    engine = RayEngine(RunStore(tmp_path), 1, Console(file=StringIO()), gpus=gpus)
+    engine.slots = 64
+    assert room_of(engine, as_study(planted())).each == pytest.approx(8e9 / sharing + PROCESS)
+
+
+def test_local_workers_share_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "gpu_memory", lambda: 10**10)
+    monkeypatch.setattr(machine, "visible_gpus", lambda: ["0", "1"])
+    study = as_study(planted(compute={"device": "cuda"}))
+    assert machine.room_for(study, 2).each == pytest.approx(8e9 + PROCESS)
+    assert machine.room_for(study, 3).each == pytest.approx(4e9 + PROCESS)

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tomli_w
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
-from study_fixture import INTERVENTION, PLANTED, as_study, command, planted, planted_model, run
+from study_fixture import INTERVENTION, PLANTED, as_study, command, environment, planted, planted_model, run
 
 from glottoscope.atomic import write_json
 from glottoscope.errors import InputError
+from glottoscope.lm import checkpoints
 from glottoscope.study import calibration, machine, planning
 from glottoscope.study.config import Study
 from glottoscope.study.load import load_study, parse_study, preset_text
@@ -143,6 +148,115 @@ def test_a_damaged_cache_is_no_calibration(cache: Path) -> None:
     for text in ("", "[]", '{"measured": 3}'):
         path.write_text(text, encoding="utf-8")
         assert planning.known_rates(study, 1) is None
+
+
+def test_without_a_home_nothing_is_kept_and_a_run_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    study = as_study(PLANTED)
+    assert planning.known_rates(study, 1) is None
+    with pytest.raises(InputError, match="set XDG_CACHE_HOME"):
+        calibration.calibrate(study, 1)
+    text = StringIO()
+    planning.announce(study, tmp_path, 1, machine.room_for(study, 1), Console(file=text), nodes=False)
+
+
+@pytest.mark.usefixtures("cache")
+def test_kinds_that_were_not_measured_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    study = as_study(PLANTED)
+    measured = {json.dumps(t, sort_keys=True): 1e-6 for t in calibration.tasks_of(study) if t["kind"] in ("forward", "pretrain")}
+    write_json(calibration.cache_path(study, 1), {"measured": measured})
+    monkeypatch.setattr(planning, "cpu_flops", lambda: 7e9)
+    rates = planning.known_rates(study, 1)
+    assert rates is not None
+    assert rates.seconds("sae", 7e9) == pytest.approx(1 / EFFICIENCY), "at the speed of this machine, not of a guess"
+    text = StringIO()
+    planning.print_plan(study, None, Console(file=text, width=250), workers=1)
+    assert "Not measured, since too large for half a minute here: sae, collect; at 7.00e+09 FLOP/s (measured on" in text.getvalue()
+
+
+def test_each_measuring_process_has_a_gpu_as_workers_have() -> None:
+    found = calibration._environments(3, ["2", "GPU-5fa"])
+    assert [e["CUDA_VISIBLE_DEVICES"] for e in found] == ["2", "GPU-5fa", "2"]
+    assert calibration._environments(2, []) == [dict(os.environ)] * 2
+
+
+def test_a_shape_beyond_the_memory_is_left_out() -> None:
+    task = next(t for t in calibration.tasks_of(as_study(PLANTED)) if t["kind"] == "sae")
+    assert calibration.measure(task, 0.01, "cpu", most_bytes=24 * task["d"] * task["n"] // 2 - 1) is None
+    assert calibration.measure(task, 0.01, "cpu", most_bytes=24 * task["d"] * task["n"] // 2) is not None
+
+
+# ---- the machine
+
+
+def test_a_container_has_no_more_memory_than_its_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = machine.machine_memory()
+    root, own = tmp_path / "cgroup", tmp_path / "own"
+    monkeypatch.setattr(machine, "CGROUPS", root)
+    monkeypatch.setattr(machine, "OWN_CGROUP", own)
+    assert machine.machine_memory() >= whole  # no such file: no limit
+
+    def limit(path: str, value: str) -> None:
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_text(value + "\n", encoding="utf-8")
+
+    own.write_text("0::/user/job\n", encoding="utf-8")
+    limit("user/job/memory.max", "max")
+    limit("user/memory.max", str(2**20))
+    assert machine.machine_memory() == 2**20
+    limit("user/job/memory.max", str(2**19))
+    assert machine.machine_memory() == 2**19
+    # Version 1, in a container that sees its own group as the root; the controller may have company.
+    own.write_text("9:name=systemd:/\n4:cpu,memory:/docker/5fa\n", encoding="utf-8")
+    assert machine.machine_memory() >= whole
+    limit("memory/memory.limit_in_bytes", str(2**21))
+    assert machine.machine_memory() == 2**21
+    limit("memory/docker/5fa/memory.limit_in_bytes", "9223372036854771712")
+    assert machine.machine_memory() == 2**21
+
+
+def test_workers_are_of_the_cores_that_may_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    def study(device: str) -> Study:
+        return as_study(planted(compute={"device": device, "threads": 2}))
+
+    monkeypatch.setattr(machine, "usable_cores", lambda: [1, 4, 5, 6, 7])
+    assert machine.workers_of(study("cpu")) == 2
+    assert machine.workers_of(study("cpu"), 7) == 7
+    monkeypatch.setattr(machine, "visible_gpus", lambda: ["0", "1", "3"])
+    assert machine.workers_of(study("cuda")) == 3
+    assert machine.workers_of(study("mps")) == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here is an accelerator")
+def test_a_driver_file_alone_is_no_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with a torch for CPUs only: torch is asked."""
+    study = as_study(planted(compute={"device": "auto"}))
+    assert machine.device_of(study) == "cpu"
+    monkeypatch.setattr(machine, "DEVICES", ("null",))
+    asked: list[str] = []
+    monkeypatch.setattr(checkpoints, "choose_device", lambda name: asked.append(name) or "mps")
+    assert (machine.device_of(study), asked) == ("mps", ["auto"])
+
+
+def test_the_papers_plan_asks_no_torch(tmp_path: Path) -> None:
+    code = f"""
+import sys
+from pathlib import Path
+from glottoscope.study import machine, planning
+from glottoscope.study.load import load_study
+from rich.console import Console
+machine.DEVICES = ()
+planning.print_plan(load_study(Path({str(EXAMPLE)!r})), 1e10, Console(width=120))
+print("LOADED", *(m for m in ("torch", "transformers", "scipy") if m in sys.modules))"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment(), timeout=60)
+    *lines, loaded = done.stdout.splitlines()
+    assert loaded == "LOADED", done.stderr
+    table = [line for line in lines if line.startswith(("│", "┃"))]
+    assert len(table) > 10 and max(map(len, table)) <= 120 and not any("…" in line for line in table)
 
 
 @pytest.mark.usefixtures("cache")

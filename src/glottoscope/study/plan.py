@@ -408,7 +408,8 @@ def describe_time(seconds: float) -> str:
         return f"{seconds / 60:.0f} min"
     if seconds < 172_800:
         return f"{seconds / 3600:.1f} h"
-    return f"{seconds / 86400:,.0f} days"
+    days = seconds / 86400
+    return f"{days:,.0f} days" if days < 1000 else f"{days / 365.25:,.0f} y"
 
 
 def summary(study: Study, memory: float | Room) -> list[tuple[ModelRun, Cost | None]]:

@@ -176,14 +176,14 @@ def _models(study: Study, found: Forecast) -> Table:
     table = Table(title=f"{study.study.name}: k = {study.sae.k}{one_n}, {study.sae.n_steps:,} SAE steps of "
                   f"{study.sae.batch_tokens:,} tokens", title_justify="left")  # fmt: skip
     # What is the same in all rows takes no column: the table is to fit a terminal of 120.
-    shown = ["model", "control", "cells", "layers", "setups", "groups", "SAE n", "memory", "disk", "FLOPs LM", "FLOPs SAE"]
+    shown = ["model", "control", "cells", "layers", "setups", "groups", "SAE n", "memory", "disk", "LM FLOPs", "SAE FLOPs"]
     shown += ["a cell", "time"]
     if all(run.control == "none" for run, _ in found.rows):
         shown.remove("control")
     if len(widths) == 1:
         shown.remove("SAE n")
     for name in shown:
-        table.add_column(name, justify="left" if name in ("model", "control") else "right")
+        table.add_column(name.replace(" FLOPs", "\nFLOPs"), justify="left" if name in ("model", "control") else "right")
 
     def add(values: dict[str, str]) -> None:
         table.add_row(*(values.get(name, "") for name in shown))
@@ -198,7 +198,7 @@ def _models(study: Study, found: Forecast) -> Table:
         add({
             "model": run.name, "control": run.control, "cells": str(cost.cells), "layers": str(len(run.known_layers())),
             "setups": f"{cost.setups:,}", "groups": str(cost.groups), "SAE n": f"{n:,}", "memory": describe_memory(cost.memory),
-            "disk": describe_memory(cost.disk), "FLOPs LM": f"{cost.lm_flops:.1e}", "FLOPs SAE": f"{cost.sae_flops:.1e}",
+            "disk": describe_memory(cost.disk), "LM FLOPs": f"{cost.lm_flops:.1e}", "SAE FLOPs": f"{cost.sae_flops:.1e}",
             "a cell": describe_time(cells), "time": describe_time(total(own, found.workers)),
         })  # fmt: skip
     table.add_section()
@@ -206,7 +206,7 @@ def _models(study: Study, found: Forecast) -> Table:
     add({
         "model": "total", "cells": f"{sum(c.cells for c in costs):,}", "setups": f"{sum(c.setups for c in costs):,}",
         "memory": describe_memory(found.peak), "disk": describe_memory(found.disk),
-        "FLOPs LM": f"{sum(c.lm_flops for c in costs):.1e}", "FLOPs SAE": f"{sum(c.sae_flops for c in costs):.1e}",
+        "LM FLOPs": f"{sum(c.lm_flops for c in costs):.1e}", "SAE FLOPs": f"{sum(c.sae_flops for c in costs):.1e}",
         "time": describe_time(found.seconds),
     })  # fmt: skip
     return table
