@@ -11,15 +11,18 @@ from typing import Any
 
 import pytest
 from rich.console import Console
-from study_fixture import as_study, planted
+from study_fixture import BRIEF, as_study, planted, planted_model
 
 from glottoscope.errors import InputError
 from glottoscope.study import machine
 from glottoscope.study.engine import Unit, usable_cores
 from glottoscope.study.engines import Machines, room_of
 from glottoscope.study.local import LocalEngine, Place, places
-from glottoscope.study.plan import PROCESS
+from glottoscope.study.machine import pretrain_memory, reading_memory
+from glottoscope.study.plan import PROCESS, expand
 from glottoscope.study.ray_engine import Node, RayEngine
+from glottoscope.study.runner import describe_run, stages
+from glottoscope.study.stages.context import Context
 from glottoscope.study.store import RunStore
 
 
@@ -108,3 +111,27 @@ def test_local_workers_share_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     study = as_study(planted(compute={"device": "cuda"}))
     assert machine.room_for(study, 2).each == pytest.approx(8e9 + PROCESS)
     assert machine.room_for(study, 3).each == pytest.approx(4e9 + PROCESS)
+
+
+def test_units_that_hold_a_language_model_declare_its_memory(tmp_path: Path) -> None:
+    """A Ray node is then not given more of them than it has room for."""
+    root, declared = tmp_path / "run", dict[str, int]()
+    study = as_study(planted(intervention=BRIEF))
+    store = RunStore(root)
+    store.create(study, describe_run(study))
+    context = Context.open(root)
+    with LocalEngine(store, 1, 1, Console(file=StringIO())) as engine:
+        for stage, units in stages(context, float("inf")):
+            if stage == "report":
+                break
+            made = units()
+            declared |= {u.name: u.memory for u in made}
+            assert not engine.run(stage, made).failures
+    (run,) = context.runs
+    holding = {name for name, memory in declared.items() if memory > PROCESS}
+    assert {"m", "m@0", "m@20"} <= holding and any(name.startswith("m@0 + 20 layer 1: documents") for name in holding)
+    assert not {"tokenizer", "token store", "tables"} & holding
+    assert reading_memory(study, [run, run], 1, 2) > reading_memory(study, [run]) > PROCESS
+    wide = planted(models=planted_model(d_model=256, n_layers=4, batch_size=128))
+    # 1,705 MiB measured; with --engine local its peak stands in log.jsonl.
+    assert pretrain_memory(as_study(wide), expand(as_study(wide))[0]) == pytest.approx(1705 * 2**20, rel=0.1)

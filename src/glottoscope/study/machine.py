@@ -8,12 +8,12 @@ from __future__ import annotations
 import math
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from glottoscope.study.config import Study
+from glottoscope.study.config import PretrainModel, Study
 from glottoscope.study.engine import usable_cores
-from glottoscope.study.plan import PROCESS, Room, describe_memory
+from glottoscope.study.plan import BYTES, PROCESS, ModelRun, Room, describe_memory, lm_memory
 
 SHARE = 0.8  # of the memory that is there; the rest is the system's, and the plan's error
 DEVICES = ("nvidia*", "nvhost*", "kfd", "dxg")  # below /dev where Linux has an accelerator
@@ -95,6 +95,29 @@ def gpu_memory() -> int | None:
     import torch
 
     return int(torch.cuda.mem_get_info()[0]) if torch.cuda.is_available() else None
+
+
+def reading_memory(study: Study, runs: Sequence[ModelRun], layers: int = 1, saes: int = 0) -> int:
+    """Bytes of the host that a unit takes at most which passes text through these models at once, with `saes` SAEs of the widest:
+    with an accelerator, what loading takes."""
+    shapes = [run.shape for run in runs if run.shape is not None]
+    if device_of(study) != "cpu":
+        return PROCESS + sum(shape.n_params for shape in shapes) * BYTES
+    d = max((shape.d_model for shape in shapes), default=0)
+    n = study.sae.n_features(d) if saes else 0
+    return PROCESS + sum(lm_memory(study, shape, layers) - PROCESS for shape in shapes) + saes * (2 * n * d + n + d) * BYTES
+
+
+def pretrain_memory(study: Study, run: ModelRun) -> int:
+    """Bytes of the host that training a language model takes, about: weights, gradients, moments, one batch's states and logits."""
+    spec, shape = run.spec, run.shape
+    assert isinstance(spec, PretrainModel)
+    assert shape is not None
+    if device_of(study) != "cpu":
+        return PROCESS + shape.n_params * BYTES
+    # 30 d_model numbers a token and layer are kept for the way back, as measured for widths of 128 to 512.
+    states = spec.batch_size * study.corpus.context_length * (30 * shape.n_layers * shape.d_model + 3 * shape.vocab_size)
+    return PROCESS + (4 * shape.n_params + states) * BYTES
 
 
 # ---- devices and processes

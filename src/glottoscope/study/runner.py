@@ -21,7 +21,7 @@ from glottoscope.study.engine import Failure, Outcome, Unit
 from glottoscope.study.engines import LOCAL, Machines, check_room, open_engine, room_of
 from glottoscope.study.heartbeats import Sign, signs
 from glottoscope.study.load import corpus_path
-from glottoscope.study.machine import device_of, stated_room
+from glottoscope.study.machine import device_of, pretrain_memory, reading_memory, stated_room
 from glottoscope.study.plan import BYTES, PROCESS, Cell, Room, parts_of, split_layers, train_memory
 from glottoscope.study.planning import announce
 from glottoscope.study.stages import collecting, pretraining, reporting, rulers, scoring, tables, tokenizing, training
@@ -294,7 +294,8 @@ def _pretrain_units(context: Context) -> list[Unit]:
         assert run.shape is not None
         assert isinstance(run.spec, PretrainModel)
         weight = run.spec.steps * run.spec.batch_size * (run.shape.n_params + 10**6) / 10**9
-        units.append(Unit(run.name, pretraining.pretrain_model, (str(context.store.root), run.name), weight))
+        arguments, memory = (str(context.store.root), run.name), pretrain_memory(context.study, run)
+        units.append(Unit(run.name, pretraining.pretrain_model, arguments, weight, memory))
     # Longest first: two workers then end at about the same time.
     return sorted(units, key=lambda u: -u.weight)
 
@@ -354,8 +355,9 @@ def _name(cell: Cell, layers: Sequence[int], context: Context) -> str:
 def _ruler_units(context: Context) -> list[Unit]:
     units = []
     for run in {context.ruler_run(r).name: context.ruler_run(r) for r in context.runs}.values():
+        memory = reading_memory(context.study, [run])
         units += [
-            Unit(f"{run.name} {name}", rulers.make_rulers, (str(context.store.root), run.name, (name,)))
+            Unit(f"{run.name} {name}", rulers.make_rulers, (str(context.store.root), run.name, (name,)), memory=memory)
             for name in rulers.missing_rulers(context, run)
         ]
     return units
