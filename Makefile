@@ -25,7 +25,7 @@ help:
 	@echo "make test       run the tests"
 	@echo "make test-browser  test the report and the browser's pages in the system's Chromium (playwright drives it; none is downloaded)"
 	@echo "make test-comet  make COMET's own environment in $(COMET) and test scoring with the real package (about 4 minutes)"
-	@echo "make test-kill  kill runs of a small study at random moments and compare what they end with (KILLS=20, SEED=..., TIME)"
+	@echo "make test-kill  kill runs of a small study at random moments and compare what they end with (KILLS=20, SEED=...)"
 	@echo "make test-ray   install Ray into $(VENV) and test a cluster of two nodes on this machine (about 3 minutes, loopback only)"
 	@echo "make bench      install the peers into $(BENCH) and run the benchmarks beside them (about an hour on 2 cores)"
 	@echo "make bench-quick  the same at small shapes (minutes), to see that all of it works"

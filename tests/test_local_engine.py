@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import threading
 from io import StringIO
 from pathlib import Path
@@ -67,6 +68,36 @@ def test_workers_keep_to_their_places(tmp_path: Path) -> None:
         assert len(a["cores"]) == len(b["cores"]) == 1 and a["cores"] != b["cores"]
     assert usable_cores() == before, "the driver itself is not pinned"
     assert threading.active_count() <= threads + 1
+
+
+def test_workers_hold_the_run_directory_with_their_driver(tmp_path: Path) -> None:
+    units = [Unit(f"unit {i}", do_nothing, (str(tmp_path),)) for i in range(2)]
+    store = RunStore(tmp_path)
+    with store.lock(), LocalEngine(store, 2, 1, Console(file=StringIO())) as engine:
+        assert not engine.run("train", units).failures
+        assert engine._pool is not None
+        for pid in engine._pool._processes or {}:
+            assert str(tmp_path / ".lock") in {os.readlink(p) for p in Path(f"/proc/{pid}/fd").iterdir()}
+    with store.lock():
+        pass
+
+
+def do_nothing(_root: str, _report: Any) -> None:
+    """A unit that is done at once."""
+
+
+def test_a_worker_killed_between_two_stages_is_replaced(tmp_path: Path) -> None:
+    units = [Unit(f"unit {i}", do_nothing, (str(tmp_path),)) for i in range(3)]
+    with LocalEngine(RunStore(tmp_path), 2, 1, Console(file=StringIO())) as engine:
+        assert not engine.run("train", units).failures
+        assert engine._pool is not None
+        before = list((engine._pool._processes or {}).values())
+        os.kill(before[0].pid or 0, signal.SIGKILL)
+        before[0].join(30)
+        outcome = engine.run("features", units)
+        assert (outcome.failures, len(outcome.done)) == ([], 3)
+        assert engine._pool is not None
+        assert not {p.pid for p in before} & set(engine._pool._processes or {})
 
 
 @pytest.mark.parametrize(

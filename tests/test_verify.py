@@ -43,8 +43,9 @@ def flip(path: Path, seed: int = 0) -> None:
 
 
 def results(store: RunStore) -> dict[str, str]:
-    """File -> hash of everything but who ran it, and with which code."""
-    return {name: x for name, x in contents(store.root, ("**/*",)).items() if name not in ("manifest.json", "done.json")}
+    """File -> hash of everything but who ran it, with which code, and how the trainings got on."""
+    found = contents(store.root, ("**/*",)).items()
+    return {name: x for name, x in found if name not in ("manifest.json", "done.json") and not name.startswith("metrics/")}
 
 
 def found(verdict: Verdict) -> dict[str, str]:
@@ -70,7 +71,8 @@ def test_a_finished_run_is_whole(finished: RunStore, quick: bool) -> None:
     before = results(finished)
     verdict = verify(finished.root, quick=quick, keep=True)
     assert (verdict.problems, verdict.unknown, verdict.uncheckable, verdict.leftovers, verdict.unsized) == ([], [], [], 0, 0)
-    files = [p for p in finished.root.rglob("*") if p.is_file() and p.name not in ("done.json", "log.jsonl", ".lock")]
+    apart = ("done.json", "log.jsonl", ".lock")
+    files = [p for p in finished.root.rglob("*") if p.is_file() and p.name not in apart and p.parent != finished.metrics_dir]
     assert verdict.files == len(files)
     assert verdict.read == (0 if quick else sum(p.stat().st_size for p in files))
     assert results(finished) == before

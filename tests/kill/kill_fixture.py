@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -20,17 +22,18 @@ from study_fixture import environment, planted, planted_model
 from glottoscope.study import locks
 from glottoscope.study.heartbeats import Sign, signs
 
-# Two models and their cells share two workers. The epoch is larger than the shuffle buffer; two layers, learning rates and
-# seeds share each stream, the last checkpoint chooses the rate; a state is written as often as its cost allows.
+# Two models (seeds of one: the report draws them together) and their cells share two workers. The epoch is larger than the
+# shuffle buffer; two layers, learning rates and seeds share each stream, the last checkpoint chooses the rate; a state is
+# written as often as its cost allows.
 STUDY = planted(
     study={"name": "kill"}, compute={"checkpoint_minutes": 1e-6, "lm_batch": 16},
-    models=planted_model(steps=120, checkpoints=[0, 120]) + planted_model(name="other", d_model=24, steps=80, checkpoints=[0, 80]),
-    sae={"n": 64, "steps": 150, "lr": [1e-3, 3e-3], "seeds": [0, 1], "batch_tokens": 256, "buffer_tokens": 1000},
+    models=planted_model(steps=40, checkpoints=[0, 40], seeds=[0, 1]), corpus={"train_documents": 30, "aligned_pairs": 40},
+    sae={"n": 32, "steps": 60, "lr": [1e-3, 3e-3], "seeds": [0, 1], "batch_tokens": 256, "buffer_tokens": 1000},
     intervention={
         "models": ["m"], "bases": [0], "layers": [1], "draws": 2, "alphas": [1.0], "tokens": 600, "bootstrap": 20,
         "parts": ["mixed", "all"], "texts": ["documents"],
     },
-    report={"pattern_features": 2},
+    report={"pattern_features": 1, "pattern_examples": 1},
 )  # fmt: skip
 WORKERS = 2
 # Everything else is compared, byte for byte.
@@ -40,7 +43,7 @@ NOT_COMPARED = {
     ".lock": "what flock is taken on; empty",
 }
 SHORT_S = 0.1  # stages below it are hit by chance only
-LIMIT_S = 120.0
+LIMIT_S = 300.0
 
 
 def contents(root: Path) -> dict[str, str]:
@@ -99,6 +102,7 @@ class Run:
     def __init__(self, study: Path, root: Path) -> None:
         self.root = root
         self.lines = len(log_of(root))
+        self.frozen: list[Process] = []
         self.errors = root.with_name(f"{root.name}.stderr")
         arguments = ["run", study, "--out", root, "--workers", WORKERS, "--plain"]
         with open(self.errors, "w", encoding="utf-8") as errors:
@@ -144,15 +148,25 @@ class Run:
                 return f"SIGKILL to worker {victim.pid} of {len(workers)}"
             kind = "driver"  # before there are workers
         number, group = KINDS[kind]
+        if kind == "frozen":  # its workers cannot see that it was killed
+            self.frozen = workers_of(self.pid)
+            for worker in self.frozen:
+                os.kill(worker.pid, signal.SIGSTOP)
         (os.killpg if group else os.kill)(self.pid, number)
-        return f"{number.name} to {'all' if group else 'the driver'}"
+        whom = "all" if group else f"the driver, {len(self.frozen)} worker(s) frozen" if self.frozen else "the driver"
+        return f"{number.name} to {whom}"
 
 
 # Kind -> signal, and whether the whole process group gets it, as from a terminal.
 KINDS = {
-    "all": (signal.SIGKILL, True), "driver": (signal.SIGKILL, False), "worker": (signal.SIGKILL, False),
+    "all": (signal.SIGKILL, True), "driver": (signal.SIGKILL, False), "frozen": (signal.SIGKILL, False),
+    "worker": (signal.SIGKILL, False),
     "terminate": (signal.SIGTERM, False), "terminate all": (signal.SIGTERM, True), "ctrl-c": (signal.SIGINT, True),
 }  # fmt: skip
+
+
+CYCLE = ("all", "frozen", "ctrl-c", "all", "all", "worker", "terminate", "all",
+         "all", "driver", "ctrl-c", "all", "all", "worker", "terminate all", "all")  # fmt: skip
 
 
 # ---- the reference, and moments
@@ -173,6 +187,8 @@ class Reference(NamedTuple):
     study: Path
     root: Path
     seconds: float
+    cpu: float  # seconds of all its processes
+    stages: list[str]  # of the lines of its log
     spans: list[Span]
     contents: dict[str, str]
 
@@ -181,6 +197,7 @@ def reference(folder: Path) -> Reference:
     """Run the study, and watch when which stage is at work."""
     study, root = folder / "study.toml", folder / "reference"
     study.write_text(tomli_w.dumps(STUDY), encoding="utf-8")
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     run = Run(study, root)
     first: dict[int, float] = {}
     last: dict[int, float] = {}
@@ -192,9 +209,11 @@ def reference(folder: Path) -> Reference:
         time.sleep(0.01)
     seconds = time.monotonic() - run.started
     assert run.end() == 0, run.said
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     names = [row["stage"] for row in log_of(root)]
     spans = [Span(n, names[n], start, last.get(n, seconds)) for n, start in first.items() if n < len(names)]
-    return Reference(study, root, seconds, spans, contents(root))
+    return Reference(study, root, seconds, cpu, names, spans, contents(root))
 
 
 class Moment(NamedTuple):
@@ -214,18 +233,18 @@ class Moment(NamedTuple):
 def moments(found: Reference, count: int, rng: random.Random) -> list[Moment]:
     """Moments of the run's wall time: any time, then within each step that takes long enough, in turn and drawn order.
 
-    Half of them kill everything, the others the driver or one worker; every fourth is followed by a second one. Two more
-    are a SIGTERM and a Ctrl-C.
+    Half of them kill everything, the others the driver or one worker, or are a SIGTERM or a Ctrl-C; every fourth is followed
+    by a second one.
     """
-    long: list[Span | None] = [s for s in found.spans if s.end - s.start >= SHORT_S]
+    long = [s for s in found.spans if s.end - s.start >= SHORT_S]
     strata: list[Span | None] = rng.sample([None, *long], k=len(long) + 1)
-    kinds = ["all", "driver", "all", "worker"]
-    kinds = [kinds[i % 4] for i in range(count)] + ["terminate" if rng.random() < 0.5 else "terminate all", "ctrl-c"]
     drawn = []
-    for number, kind in enumerate(kinds):
+    for number, kind in enumerate(itertools.islice(itertools.cycle(CYCLE), count)):
         span = strata[number % len(strata)]
+        if span is None and KINDS[kind][0] != signal.SIGKILL:
+            span = rng.choice(long)  # signals are answered from when the run says what it does
         length = found.seconds if span is None else span.end - span.start
-        again = rng.random() * found.seconds if number % 4 == 2 else None
+        again = rng.random() * found.seconds if number % 4 == 0 else None
         drawn.append(Moment(number, kind, span, rng.random() * length, again))
     return drawn
 
@@ -242,9 +261,8 @@ def wait_until(run: Run, moment: Moment) -> bool:
     return not run.ended
 
 
-def hit(run: Run) -> str:
+def hit(run: Run, stages: list[str]) -> str:
     """Which units were at work, as far as the run directory tells."""
-    stages = ["pretrain"] * 3 + ["tokens"] + ["train"] * 2 + ["features"] + ["score"] * 3 + ["intervene"] * 4 + ["report"]
     units = [f"{s.stage}: {s.unit} ({s.words or f'{s.done:g} of {s.total:g}'})" for s in run.at_work]
     if units:
         return "; ".join(units)

@@ -491,6 +491,25 @@ class ReportConfig(Part):
     licences: tuple[str, ...] = Field(default=(), description="Licence and attribution of the data, one line each.")
 
 
+class WandbConfig(Part):
+    """Where on Weights & Biases. The key of your account is none of the study's: it comes from `wandb login` or WANDB_API_KEY."""
+
+    project: Annotated[str, Field(min_length=1)] = Field(description="Project; it is made where there is none of that name.")
+    entity: str | None = Field(default=None, description="User or team. Default: the account's own.")
+    group: str | None = Field(default=None, description="Group of the runs, one for each unit. Default: the study's name.")
+    tags: tuple[str, ...] = Field(default=(), description="Tags of every run.")
+    mode: Literal["online", "offline"] | None = Field(
+        default=None, description="offline: files for `wandb sync`, below RUN/metrics/wandb. Default: WANDB_MODE, else online."
+    )
+
+
+class LoggingConfig(Part):
+    """Who is told of the metrics besides RUN/metrics: no part of the study's identity, of any key or result."""
+
+    tensorboard: bool = Field(default=False, description="Event files below RUN/metrics/tensorboard (extra tensorboard).")
+    wandb: WandbConfig | None = Field(default=None, description="Runs on Weights & Biases (extra wandb).")
+
+
 class Study(Part):
     """A study: models x checkpoints x layers x SAE settings on a corpus in two or more languages."""
 
@@ -507,6 +526,7 @@ class Study(Part):
     controls: Controls = Field(default_factory=Controls, description="Control rows.")
     intervention: InterventionConfig | None = Field(default=None, description="The causal test; left out: none is made.")
     report: ReportConfig = Field(default_factory=ReportConfig, description="The report.")
+    logging: LoggingConfig | None = Field(default=None, description="Loggers of metrics; left out: none.")
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
 
@@ -555,3 +575,7 @@ class Study(Part):
     def dump(self) -> dict[str, Any]:
         """The study as plain values, ready for TOML or a hash."""
         return self.model_dump(mode="json", by_alias=True, exclude_none=True)
+
+    def identity(self) -> dict[str, Any]:
+        """What of `dump` belongs to the study: who is told of a run's metrics does not."""
+        return {name: value for name, value in self.dump().items() if name != "logging"}

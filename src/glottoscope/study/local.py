@@ -112,6 +112,8 @@ class LocalEngine(Engine):
         self._pool = None
 
     def _started_pool(self) -> ProcessPoolExecutor:
+        if self._pool is not None and not all(p.is_alive() for p in (self._pool._processes or {}).values()):
+            self._pool = None  # a worker was killed while none of them had anything to do: nothing is lost
         if self._pool is None:
             context = multiprocessing.get_context("spawn")
             self._queue = context.Queue()
@@ -136,7 +138,11 @@ class LocalEngine(Engine):
         waiting: dict[Future[Ended], Unit] = {}
         with _blocked(STARTING):  # inherited by the workers that it starts
             for unit in units:
-                future = pool.submit(_run, unit, stage, str(self.store.root))
+                try:
+                    future = pool.submit(_run, unit, stage, str(self.store.root))
+                except BrokenProcessPool:
+                    self._lose(unit, finish)
+                    continue
                 waiting[future] = unit
                 future.add_done_callback(ended.put)
         while waiting:
@@ -155,5 +161,8 @@ class LocalEngine(Engine):
             try:
                 finish(unit, future.result())
             except BrokenProcessPool:
-                self._pool = None
-                finish(unit, lost(unit, "its process was killed (out of memory?)"))
+                self._lose(unit, finish)
+
+    def _lose(self, unit: Unit, finish: Callable[[Unit, Ended], None]) -> None:
+        self._pool = None
+        finish(unit, lost(unit, "its process was killed (out of memory?)"))

@@ -295,7 +295,7 @@ def _manifest(mine: dict[str, Any], theirs: dict[str, Any], study: Study) -> dic
     rest = {k: v for k, v in mine.items() if k not in ("schema", "study", "merged")}
     seeds = {**mine.get("seeds", {}), "sae": list(study.sae.seeds)}
     seeds["lm"] = {m.name: list(m.seeds) if isinstance(m, PretrainModel) else m.seed for m in study.models}
-    rest |= {"seeds": seeds, "hashes": {**mine.get("hashes", {}), "study": digest(study.dump())}}
+    rest |= {"seeds": seeds, "hashes": {**mine.get("hashes", {}), "study": digest(study.identity())}}
     return {**rest, "merged": merged} if merged else rest
 
 

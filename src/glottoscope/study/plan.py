@@ -80,6 +80,12 @@ class Cell(NamedTuple):
         return f"{self.model.name}@{self.checkpoint.step}"
 
 
+def unit_name(cell: Cell, layers: Sequence[int]) -> str:
+    """Name of the work on some layers of a cell."""
+    every = cell.model.known_layers()
+    return cell.name if len(layers) == len(every) else f"{cell.name} layers {layers[0]}-{layers[-1]}"
+
+
 class Cost(NamedTuple):
     """What one model of a study costs. FLOPs count multiply-adds as two."""
 

@@ -40,6 +40,8 @@ SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
     ("[intervention]", config.InterventionConfig),
     ("[intervention.translation]", config.Translation),
     ("[report]", config.ReportConfig),
+    ("[logging]", config.LoggingConfig),
+    ("[logging.wandb]", config.WandbConfig),
 )
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import platform
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,12 +23,13 @@ from glottoscope.study.engines import LOCAL, Machines, check_room, open_engine, 
 from glottoscope.study.heartbeats import Sign, signs
 from glottoscope.study.load import corpus_path
 from glottoscope.study.machine import device_of, pretrain_memory, reading_memory, stated_room
-from glottoscope.study.plan import BYTES, PROCESS, Cell, Room, parts_of, split_layers, train_memory
+from glottoscope.study.plan import BYTES, PROCESS, Cell, Room, parts_of, split_layers, train_memory, unit_name
 from glottoscope.study.planning import announce
 from glottoscope.study.stages import collecting, pretraining, reporting, rulers, scoring, tables, tokenizing, training
 from glottoscope.study.stages.context import Context
 from glottoscope.study.stages.intervene import units as intervening
 from glottoscope.study.store import RunStore, digest, file_digest, tree_size
+from glottoscope.study.telling import telling
 
 LIBRARIES = (
     "torch",
@@ -87,7 +89,8 @@ def run_study(
             context.downloads.clear()  # what a killed process fetched
         if isinstance(study.corpus, TextCorpus):
             store.record_sources({str(corpus_path(study.corpus, p)): h for p, h in context.source_hashes.items()})
-        with open_engine(study, store, console, workers, machines) as engine:
+        # Loggers end after the units: they may take their time.
+        with telling(study, store, console), open_engine(study, store, console, workers, machines) as engine:
             result, room = RunResult([], STAGES[0]), room_of(engine, study)
             check_room(context, room, until)
             announce(study, out, engine.slots, room, console, nodes=machines.address is not None)
@@ -190,7 +193,7 @@ def describe_run(study: Study) -> dict[str, Any]:
             "study": study.study.seed, "sae": list(study.sae.seeds),
             "lm": {m.name: list(m.seeds) if isinstance(m, PretrainModel) else m.seed for m in study.models},
         },
-        "hashes": {"study": digest(study.dump()), "code": _code_hash()},
+        "hashes": {"study": digest(study.identity()), "code": _code_hash()},
     }  # fmt: skip
 
 
@@ -330,7 +333,7 @@ def _cell_units(
         for part in split_layers(layers, parts):
             arguments = (str(context.store.root), cell.model.name, cell.checkpoint.step, part)
             need = unit_memory(context, cell, len(part))
-            units.append(Unit(_name(cell, part, context), function, arguments, len(part) * cell.model.shape.d_model, need))
+            units.append(Unit(unit_name(cell, part), function, arguments, len(part) * cell.model.shape.d_model, need))
     return sorted(units, key=lambda u: -u.weight)
 
 
@@ -345,11 +348,6 @@ def unit_memory(context: Context, cell: Cell, layers: int) -> int:
 
 def _is_chooser(context: Context, cell: Cell) -> bool:
     return context.chooses_lr(cell)
-
-
-def _name(cell: Cell, layers: Sequence[int], context: Context) -> str:
-    every = cell.model.known_layers()
-    return cell.name if len(layers) == len(every) else f"{cell.name} layers {layers[0]}-{layers[-1]}"
 
 
 def _ruler_units(context: Context) -> list[Unit]:
@@ -458,9 +456,20 @@ def clean(root: Path, *, dry_run: bool = False) -> list[tuple[Path, int]]:
         removed += [(w.folder, 0) for found in WITH_STATES.values() for w in found(context) if w.steps is None]
         for run in pretraining.pretrained_runs(context):
             removed += [(p, 0) for p in sorted(store.model_dir(run.name).glob("step_*")) if p not in wanted]
+        removed += [(p, 0) for p in _stale_metrics(context)]
         if dry_run:
             return [(path, tree_size(path)) for path, _ in removed]
         return [(path, store.remove(path)) for path, _ in removed if path.exists()]
+
+
+def _stale_metrics(context: Context) -> list[Path]:
+    """Metrics of models and cells that the study no longer has, and what TensorBoard was given of them."""
+    store = context.store
+    units = {cell.name for cell in context.cells} | {run.name for run in pretraining.pretrained_runs(context)}
+    known = {store.metrics_path(unit).stem for unit in units}
+    found = [*store.metrics_dir.glob("*.jsonl"), *(p for p in store.logger_dir("tensorboard").glob("*") if p.is_dir())]
+    # Parts of a cell's layers have its name with more behind it.
+    return sorted(p for p in found if re.sub(r"(@\d+)_layers_[\d-]+$", r"\1", p.name.removesuffix(".jsonl")) not in known)
 
 
 def _asked_for(context: Context) -> list[Any]:

@@ -79,7 +79,7 @@ class RunStore:
             # What merged runs were made with stays known.
             known = {"merged": merged} if (merged := self._merged()) else {}
             identity = {"schema": SCHEMA, "study": study.study.name, **known, **manifest}
-            text, key = dump_study(study), digest(identity, study.dump())
+            text, key = dump_study(study), digest(identity, study.identity())
             if self._holds(text, identity) and self.is_done(self.root, "study", key):
                 return
             # The manifest names the owner, so it must never be missing beside a study file.
@@ -290,6 +290,19 @@ class RunStore:
         """Where a unit says that it is at work: a file name that any file system takes, another one for each unit."""
         plain = re.sub(r"[^A-Za-z0-9._@+-]+", "_", unit)[:80]
         return self.work_dir / f"{plain}-{digest(unit)[:8]}.json"
+
+    @property
+    def metrics_dir(self) -> Path:
+        """How trainings got on, for people and their loggers: no results, named by no record."""
+        return self.root / "metrics"
+
+    def metrics_path(self, unit: str) -> Path:
+        """Where a training unit writes its metrics; names of models and cells need no change but for spaces."""
+        return self.metrics_dir / f"{re.sub(r'[^A-Za-z0-9._@+-]+', '_', unit)}.jsonl"
+
+    def logger_dir(self, name: str) -> Path:
+        """What a logger keeps of the metrics in files."""
+        return self.metrics_dir / name
 
     # ---- what is complete
 

@@ -12,7 +12,7 @@ from glottoscope.study.config import CheckpointEntry, CheckpointModel, PretrainM
 
 # Settings that change no number, or say where things lie on a machine: those of the first study are kept.
 OWN = {"study.notes", "compute.memory_gb", "compute.checkpoint_minutes", "corpus.root"}
-OWN_TABLES = ("report.",)
+OWN_TABLES = ("report.", "logging")
 # Joined below, each in its own way.
 JOINED = ("models", "layers", "controls", "intervention", "sae.seeds", "features.labels")
 

@@ -208,8 +208,9 @@ def _find_unknown(store: RunStore, named: list[Named], verdict: Verdict) -> None
         # Hidden folders hold training states, which check themselves when they are read.
         below[:] = sorted(x for x in below if not x.startswith("."))
         if folder == ".":
-            # What people wrote, and what says which units are at work, is no result.
-            below[:] = [x for x in below if x not in (store.labels_path.parent.name, store.work_dir.name)]
+            # What people wrote, what says which units are at work, and how they got on is no result.
+            apart = (store.labels_path.parent, store.work_dir, store.metrics_dir)
+            below[:] = [x for x in below if x not in [p.name for p in apart]]
         for name in sorted(files):
             path = name if folder == "." else f"{folder}/{name}"
             if name == "done.json" or name.startswith(TEMPORARY_PREFIX) or path in known or path in own:

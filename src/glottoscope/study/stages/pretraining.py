@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from glottoscope.atomic import atomic_path, write_json, write_table
 from glottoscope.errors import InputError
 from glottoscope.study.config import PlantedCorpus, PretrainModel, TextCorpus
+from glottoscope.study.metrics import POINTS, MetricsFile, Point
 from glottoscope.study.plan import Cell, ModelRun, seed_for
 from glottoscope.study.stages.context import Context
 from glottoscope.study.stages.resuming import VERSION, Keeper, Waiting, newest, surroundings
@@ -243,13 +244,18 @@ def pretrain_model(root: str, name: str, report: Any) -> None:
         store.mark_done(folder, "pretrain", context.lm_key(cells[step]), {"learning_rate": lr}, files)
 
     device = context.device()
+    metrics = MetricsFile(store.metrics_path(name), {"stage": "pretrain", "unit": name, "model": name})
     keeper = Keeper(
         store.pretrain_states_dir(name), wanted_state(context, run), surroundings(device), context.study.compute.checkpoint_minutes,
         # Checkpoints before a state are not made again from it.
         usable=lambda steps: all(is_saved(step) for step in cells if step < steps),
+        # The step that it goes on from is told of again.
+        restored=lambda training: metrics.begin(_point(row, spec) for row in training.rows[1:-1] if _is_shown(row, spec)),
     )  # fmt: skip
 
     def progress(step: int, row: dict[str, float]) -> None:
+        if _is_shown(row, spec):
+            metrics.add([_point(row, spec)])
         if step % 20 == 0 or step == spec.steps:
             with keeper.calm():
                 report(step, spec.steps, f"loss {row['loss']:.2f}{keeper.words}")
@@ -267,6 +273,17 @@ def pretrain_model(root: str, name: str, report: Any) -> None:
         ["log.parquet", "reading.json"],
     )  # fmt: skip
     keeper.done()
+
+
+def _is_shown(row: Mapping[str, float | None], spec: PretrainModel) -> bool:
+    """Whether a row of the log is a point of the metrics: about POINTS of them, and those with the losses of the languages."""
+    step = int(row["step"] or 0)
+    return step % math.ceil(spec.steps / POINTS) == 0 or step == spec.steps or step in spec.checkpoints
+
+
+def _point(row: Mapping[str, float | None], spec: PretrainModel) -> Point:
+    rest = {k: v for k, v in row.items() if k not in ("step", "tokens_seen")}
+    return {"step": row["step"], "steps": spec.steps, "tokens": row["tokens_seen"], **rest}
 
 
 def wanted_state(context: Context, run: ModelRun) -> dict[str, str]:

@@ -67,7 +67,7 @@ def gather(context: Context) -> ReportData:
         intervention=_interventions(store, names),
         patterns=_patterns(context),
         pretrain_log=_logs(context),
-        settings=study.dump(),
+        settings=study.identity(),
         manifest=store.manifest(),
         language_names={x: LANGUAGE_NAMES.get(x, x) for x in info.languages},
         notes=[*_notes(context), *_pair_control_notes(context, evolution)],

@@ -76,14 +76,15 @@ class Keeper:
         minutes: time between two states; more where writing one takes long. 0: none is written.
         elsewhere: folders whose states may hold all parts of this training among others.
         usable: whether the training can go on from a state of so many steps.
+        restored: called with the training once it is where it begins, or goes on.
     """
 
     def __init__(
         self, folder: Path, keys: Mapping[str, str], around: Mapping[str, Any], minutes: float, elsewhere: Sequence[Path] = (),
-        *, usable: Callable[[int], bool] = lambda steps: True,
+        *, usable: Callable[[int], bool] = lambda steps: True, restored: Callable[[Any], None] = lambda training: None,
     ) -> None:  # fmt: skip
         self._folder, self._keys, self._around = folder, dict(keys), dict(around)
-        self._minutes, self._elsewhere, self._usable = minutes, elsewhere, usable
+        self._minutes, self._elsewhere, self._usable, self._restored = minutes, elsewhere, usable, restored
         self._training: Training | None = None
         self._good: list[Path] = []  # states of the folder known to be whole, oldest first
         self._saved_at = -1  # steps of the newest state
@@ -104,7 +105,8 @@ class Keeper:
                 self._saved_at = state.steps
                 self._good = [state.path] if state.path.parent == self._folder else []
                 self.words = f", resumed at step {state.steps:,}"
-                return
+                break
+        self._restored(training)
 
     def _is_ours(self, state: State) -> bool:
         return state.surroundings == self._around and self._keys.items() <= state.keys.items()

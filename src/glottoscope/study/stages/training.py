@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
@@ -21,7 +22,8 @@ from glottoscope.sae.quality import QualityAccumulator
 from glottoscope.sae.scratch import Scratch
 from glottoscope.sae.stream import Batch, Chunk, ShuffledActivations
 from glottoscope.sae.trainer import SAETrainer
-from glottoscope.study.plan import Cell, seed_for
+from glottoscope.study.metrics import POINTS, MetricsFile, Point
+from glottoscope.study.plan import Cell, seed_for, unit_name
 from glottoscope.study.stages.context import Context, bucketed, hidden_states
 from glottoscope.study.stages.resuming import VERSION, Keeper, Waiting, newest, surroundings
 from glottoscope.study.stages.tokenizing import read_json
@@ -48,6 +50,23 @@ class CellTraining:
         self.recomputed = dict.fromkeys(trainers, 0)
         self.loss = float("nan")
         self._total, self._every = total, max(1, total // CURVE_POINTS)
+        # A curve may have almost twice its points.
+        self._shown = self._every * math.ceil(total / self._every / (POINTS + 1))
+
+    def is_shown(self, n: int) -> bool:
+        """Whether step n is a point of the metrics; it is one of the curves then."""
+        return n % self._shown == 0 or n == self._total - 1
+
+    def points(self, batch_tokens: int, first: int = 0) -> list[Point]:
+        """Points for the metrics, of the steps made from `first` on."""
+        found = [
+            {"layer": layer, "sae_seed": seed, "grid_lr": lr, "step": n, "steps": self._total,
+             "tokens": (n + 1) * batch_tokens, "loss": loss, "lr": rate, "l0": l0}
+            for (layer, lr, seed), curve in self.curves.items()
+            for n, loss, rate, l0 in (curve[-1:] if first == self.steps - 1 else curve)
+            if n >= first and self.is_shown(n)
+        ]  # fmt: skip
+        return sorted(found, key=lambda point: point["step"])
 
     def step(self, batch: Batch) -> None:
         """One step of every trainer.
@@ -143,8 +162,11 @@ def train_cell(root: str, model: str, step: int, layers: tuple[int, ...], report
         surroundings(context.device(), kernel=kernel), study.compute.checkpoint_minutes,
         sorted(store.train_states_dir(model, step).glob("layers_*")),
     )  # fmt: skip
+    unit = unit_name(cell, layers)
+    metrics = MetricsFile(store.metrics_path(unit), {"stage": "train", "unit": unit, "model": model, "checkpoint": step})
     with keeper:
         keeper.restore(training)
+        metrics.begin(training.points(sae.batch_tokens))
         for batch in _checked(stream.iterate_from(training.steps), training):
             with keeper.held():
                 try:
@@ -152,6 +174,8 @@ def train_cell(root: str, model: str, step: int, layers: tuple[int, ...], report
                 except NonFiniteError as error:
                     raise NonFiniteError(f"cell {cell.name}, {error}") from None
             keeper.tick()
+            if training.is_shown(training.steps - 1):
+                metrics.add(training.points(sae.batch_tokens, training.steps - 1))
             if (training.steps - 1) % 25 == 0:
                 with keeper.calm():
                     report(training.steps - 1, sae.n_steps, f"loss {training.loss:.3f}{keeper.words}")
