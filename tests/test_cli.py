@@ -77,7 +77,7 @@ def test_init_writes_a_study_that_can_be_read(tmp_path: Path, preset: str) -> No
 def test_plan_prints_the_papers_grid() -> None:
     ended = command("plan", Path(__file__).parents[1] / "examples" / "llm-jp-3.toml", "--device-flops", "1e15")
     assert ended.code == 0
-    (total,) = (x for x in ended.out.splitlines() if "total" in x)
+    (total,) = (x for x in ended.out.splitlines() if x.startswith("│ total"))
     assert "1,572" in total
     for size in ("150m", "440m", "980m", "1.8b", "3.7b"):
         assert f"llm-jp-3-{size}" in ended.out
@@ -256,7 +256,7 @@ def test_demo_names_another_seed_another_study(tmp_path: Path, monkeypatch: pyte
     import glottoscope.cli as cli
 
     started: list[tuple[str, int, Path, str]] = []
-    monkeypatch.setattr(cli, "_run", lambda study, out, until, workers, machines: started.append(
+    monkeypatch.setattr(cli, "_run", lambda study, out, until, workers, machines, dry_run: started.append(
         (study.study.name, study.study.seed, out, until)))  # fmt: skip
     for arguments in ((), ("--full",), ("--seed", "3", "--out", tmp_path)):
         assert command("demo", *arguments).code == 0
