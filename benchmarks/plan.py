@@ -19,7 +19,6 @@ from harness import table
 from glottoscope.study.calibration import calibrate
 from glottoscope.study.planning import Forecast, cpu_flops, forecast, known_rates
 from glottoscope.study.rates import Rates
-from glottoscope.study.runner import memory_budget
 from glottoscope.study.store import RunStore
 from glottoscope.study.times import TIMED, makespan
 
@@ -29,10 +28,7 @@ def predicted(root: Path, workers: int, calibrated: bool) -> Forecast:
     study = RunStore(root).study()
     if calibrated:
         calibrate(study, workers)
-    limited = study.model_copy(
-        update={"compute": study.compute.model_copy(update={"memory_gb": memory_budget(study, workers) / 2**30})}
-    )
-    return forecast(limited, known_rates(study, workers) or Rates(cpu_flops()), workers)
+    return forecast(study, known_rates(study, workers) or Rates(cpu_flops()), workers)
 
 
 def measured(root: Path) -> tuple[dict[str, float], int]:

@@ -6,15 +6,20 @@ import json
 import re
 import shutil
 from collections.abc import Iterable
+from io import StringIO
 from pathlib import Path
 
 import pytest
 import tomli_w
-from study_fixture import BRIEF, PLANTED, command, hub_study, planted, work_done
+from rich.console import Console
+from study_fixture import BRIEF, PLANTED, as_study, command, hub_study, planted, work_done
 from test_scaling import CUT
 
 import glottoscope as gs
 from glottoscope.lm.hub import FolderHub
+from glottoscope.study import machine
+from glottoscope.study.plan import Room
+from glottoscope.study.planning import announce
 from glottoscope.study.store import RunStore, json_text
 
 
@@ -63,6 +68,55 @@ def test_demo_and_the_small_study_write_nothing(tmp_path: Path) -> None:
     assert said.code == 0
     assert "would write 4 random checkpoints" in said.out
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cut.toml"]
+
+
+def test_what_cannot_be_trained_is_said_before_anything_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, out = tmp_path / "tiny.toml", tmp_path / "out"
+    path.write_text(tomli_w.dumps(PLANTED), encoding="utf-8")
+    monkeypatch.setattr(machine, "machine_memory", lambda: 2 * 2**30)
+    for dry in (True, False):
+        ended = command("run", path, "--out", out, "--workers", "64", *(["--dry-run"] if dry else []))
+        assert ended.code == 2
+        assert "(80% of this machine's 2.0 GiB by 64 workers): fewer --workers, or lower sae.n" in ended.complaint
+        assert "memory_gb" not in ended.complaint
+    assert not list((out / "models").glob("*")), "models were trained first"
+    # What needs no SAE is not kept from running.
+    assert command("run", path, "--out", out, "--workers", "64", "--until", "tokens", "--dry-run").code == 0
+    assert command("plan", path, "--workers", "64", "--device-flops", "1e10").code == 0
+
+
+def test_a_cluster_is_not_reckoned_with_as_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "tiny.toml"
+    path.write_text(tomli_w.dumps(PLANTED), encoding="utf-8")
+    monkeypatch.setattr(machine, "machine_memory", lambda: 2**20)
+    said = command(
+        "run", path, "--out", tmp_path / "out", "--engine", "ray", "--address", "10.0.0.1:6379", "--workers", "128", "--dry-run"
+    )
+    assert said.code == 0, said.err
+    assert "--engine ray, at most 128 unit(s) at once" in said.out
+    assert "the nodes decide how many units are at work at once, and how the layers of a cell are grouped" in said.out
+    assert "worker(s)" not in said.out
+    text = StringIO()
+    study = as_study(PLANTED)
+    room = Room(2**30, 2**31, "the largest node's memory", alone=0.0)
+    announce(study, tmp_path / "out", 128, room, Console(file=text, width=200), nodes=True)
+    assert text.getvalue() == ""
+
+
+def test_the_small_study_heeds_owner_until_and_engine(tmp_path: Path) -> None:
+    path, out = tmp_path / "cut.toml", tmp_path / "small"
+    path.write_text(tomli_w.dumps(CUT), encoding="utf-8")
+    arguments = ("run", path, "--scale", "tiny", "--out", out, "--workers", "1")
+    wrong = command(*arguments, "--engine", "slurm")
+    assert (wrong.code, list(tmp_path.iterdir())) == (2, [path]), "checkpoints were written first"
+    assert "unknown engine" in wrong.complaint
+    told = units(command(*arguments, "--until", "train", "--dry-run").out)
+    assert "train" in told and "features" not in told
+    store = RunStore(out)
+    store.create(as_study(planted()), {"study": "tiny"})
+    other = command(*arguments, "--dry-run")
+    assert other.code == 2
+    assert "belongs to the study 'tiny'" in other.complaint
 
 
 def test_intervene_and_clean_of_a_finished_run(tiny: RunStore, tmp_path: Path) -> None:

@@ -69,7 +69,6 @@ def test_signs_follow_what_a_unit_says(tmp_path: Path, monkeypatch: pytest.Monke
         (sign,) = found
         assert (sign.done, sign.total, sign.first) == (200, 400, 100)
         assert sign.rate == pytest.approx(100 / (sign.now - sign.started))
-        assert sign.seconds_left == pytest.approx(2 * (sign.now - sign.started))
     assert list(signs(path.parent)) == []
 
 

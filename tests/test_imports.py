@@ -13,7 +13,7 @@ from study_fixture import SOURCE, environment
 PACKAGE = SOURCE / "glottoscope"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 # Free to all: the one exception for bad input, writing files whole, and what several rooms ask of folders and machine.
-COMMON = {"glottoscope", "glottoscope.errors", "glottoscope.atomic", "glottoscope.machine", "glottoscope.walking"}
+COMMON = {"glottoscope", "glottoscope.errors", "glottoscope.atomic", "glottoscope.whereabouts", "glottoscope.walking"}
 # Room -> what it may import of this package besides itself and COMMON. `intervention` is a later room.
 ALLOWED = {
     "corpus": (),

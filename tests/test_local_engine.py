@@ -12,11 +12,18 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from study_fixture import BRIEF, as_study, planted, planted_model
 
 from glottoscope.errors import InputError
+from glottoscope.study import machine
 from glottoscope.study.engine import Unit, usable_cores
-from glottoscope.study.engines import Machines
+from glottoscope.study.engines import Machines, room_of
 from glottoscope.study.local import LocalEngine, Place, places
+from glottoscope.study.machine import pretrain_memory, reading_memory
+from glottoscope.study.plan import PROCESS, expand
+from glottoscope.study.ray_engine import Node, RayEngine
+from glottoscope.study.runner import describe_run, stages
+from glottoscope.study.stages.context import Context
 from glottoscope.study.store import RunStore
 
 
@@ -103,3 +110,59 @@ def test_a_worker_killed_between_two_stages_is_replaced(tmp_path: Path) -> None:
 def test_parts_that_do_not_go_together_are_said(machines: Machines, words: str) -> None:
     with pytest.raises(InputError, match=words):
         machines.checked()
+
+
+def test_a_node_is_shared_by_what_units_need(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A share of a node, or for one layer the whole of the largest: Ray then runs fewer at once."""
+    nodes = [Node("a", "a", 32, 0, 64e9), Node("b", "b", 16, 0, 48e9)]
+    engine = RayEngine(RunStore(tmp_path), 1, Console(file=StringIO()))
+    engine._nodes, engine.slots = nodes, 48
+    study = as_study(planted())
+    room = room_of(engine, study)
+    assert (room.each, room.most) == (2e9, 64e9)
+    assert room.advice(65e9) == "take a larger machine"
+    stated = room_of(engine, as_study(planted(compute={"memory_gb": 3.0})))
+    assert (stated.each, stated.most) == (3 * 2**30, 3 * 2**30)
+
+
+@pytest.mark.parametrize(("gpus", "sharing"), [(1.0, 1), (0.5, 2), (0.3, 3), (0.6, 1), (2.0, 1)])
+def test_units_that_share_a_gpu_share_its_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpus: float, sharing: int
+) -> None:
+    """Whatever the driver's own GPUs and the cluster's slots."""
+    monkeypatch.setattr(machine, "gpu_memory", lambda: 10**10)
+    engine = RayEngine(RunStore(tmp_path), 1, Console(file=StringIO()), gpus=gpus)
+    engine.slots = 64
+    assert room_of(engine, as_study(planted())).each == pytest.approx(8e9 / sharing + PROCESS)
+
+
+def test_local_workers_share_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "gpu_memory", lambda: 10**10)
+    monkeypatch.setattr(machine, "visible_gpus", lambda: ["0", "1"])
+    study = as_study(planted(compute={"device": "cuda"}))
+    assert machine.room_for(study, 2).each == pytest.approx(8e9 + PROCESS)
+    assert machine.room_for(study, 3).each == pytest.approx(4e9 + PROCESS)
+
+
+def test_units_that_hold_a_language_model_declare_its_memory(tmp_path: Path) -> None:
+    """A Ray node is then not given more of them than it has room for."""
+    root, declared = tmp_path / "run", dict[str, int]()
+    study = as_study(planted(intervention=BRIEF))
+    store = RunStore(root)
+    store.create(study, describe_run(study))
+    context = Context.open(root)
+    with LocalEngine(store, 1, 1, Console(file=StringIO())) as engine:
+        for stage, units in stages(context, float("inf")):
+            if stage == "report":
+                break
+            made = units()
+            declared |= {u.name: u.memory for u in made}
+            assert not engine.run(stage, made).failures
+    (run,) = context.runs
+    holding = {name for name, memory in declared.items() if memory > PROCESS}
+    assert {"m", "m@0", "m@20"} <= holding and any(name.startswith("m@0 + 20 layer 1: documents") for name in holding)
+    assert not {"tokenizer", "token store", "tables"} & holding
+    assert reading_memory(study, [run, run], 1, 2) > reading_memory(study, [run]) > PROCESS
+    wide = planted(models=planted_model(d_model=256, n_layers=4, batch_size=128))
+    # 1,705 MiB measured; with --engine local its peak stands in log.jsonl.
+    assert pretrain_memory(as_study(wide), expand(as_study(wide))[0]) == pytest.approx(1705 * 2**20, rel=0.1)

@@ -379,7 +379,7 @@ def wandb_history(folder: Path) -> dict[str, list[dict[str, float]]]:
     for path in sorted(folder.glob("offline-run-*/*.wandb")):
         rows, name = [], ""
         for data in log_records(path.read_bytes()):
-            record = wandb_internal_pb2.Record()
+            record = wandb_internal_pb2.Record()  # pyright: ignore[reportAttributeAccessIssue] - made at import
             record.ParseFromString(data)
             if record.WhichOneof("record_type") == "run":
                 name = record.run.display_name

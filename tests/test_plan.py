@@ -13,18 +13,20 @@ from study_fixture import as_study, planted, planted_model, text_study
 
 from glottoscope.errors import InputError
 from glottoscope.lm.pretrain import LlamaShape, PretrainSettings, build_model
-from glottoscope.study.config import SAEConfig
+from glottoscope.study.config import Shape
 from glottoscope.study.load import load_study, parse_study, preset_text
 from glottoscope.study.plan import (
+    Room,
     cells_of,
     cost_of,
     expand,
     layer_groups,
     mlp_width,
-    sae_memory,
     seed_for,
+    split_layers,
     step_of,
     summary,
+    train_memory,
 )
 
 INFINITE = float("inf")
@@ -143,19 +145,29 @@ def test_more_work_costs_more(smaller: dict[str, Any], larger: dict[str, Any]) -
     n=st.sampled_from([1024, 32768]),
 )  # fmt: skip
 def test_layer_groups_fit_the_memory(n_layers: int, d: int, gib: float, n_lr: int, n: int) -> None:
-    sae = SAEConfig(n=n, k=32, steps=1000, lr=tuple(10.0 ** -(x + 2) for x in range(n_lr)), buffer_tokens=131_072)
-    layers, memory, apart = list(range(1, n_layers + 1)), gib * 2**30, 4 * 10**8
+    sae = {"n": n, "k": 32, "steps": 1000, "lr": [10.0 ** -(x + 2) for x in range(n_lr)], "buffer_tokens": 131_072}
+    study, shape = as_study(planted(sae=sae)), Shape(n_layers=28, d_model=d, n_params=10**8, vocab_size=1000)
+    layers, memory = list(range(1, n_layers + 1)), gib * 2**30
+    one = train_memory(study, shape, 1)
     try:
-        groups = layer_groups(layers, d, apart, sae, memory)
+        groups = layer_groups(study, shape, layers, memory)
     except InputError as error:
         assert "raise compute.memory_gb" in str(error)
-        assert apart + sae_memory(d, sae, n_lr, 1, sae.buffer_tokens) > memory
+        assert one > memory
+        # One layer at a time where that much can be had.
+        assert layer_groups(study, shape, layers, Room(memory, one)) == [(x,) for x in layers]
         return
     assert [x for g in groups for x in g] == layers
-    assert all(apart + sae_memory(d, sae, n_lr, len(g), sae.buffer_tokens) <= memory for g in groups)
+    assert all(train_memory(study, shape, len(g)) <= memory for g in groups)
     # No smaller number of groups would do.
-    size = len(groups[0]) + 1
-    assert len(groups) == 1 or apart + sae_memory(d, sae, n_lr, size, sae.buffer_tokens) > memory
+    assert len(groups) == 1 or train_memory(study, shape, len(groups[0]) + 1) > memory
+
+
+@given(n=st.integers(1, 40), parts=st.integers(1, 60))
+def test_split_layers_are_all_of_them_in_order(n: int, parts: int) -> None:
+    found = split_layers(range(n), parts)
+    assert [x for part in found for x in part] == list(range(n))
+    assert len(found) <= parts and max(map(len, found)) == -(-n // min(parts, n))
 
 
 @pytest.mark.parametrize("d_model", [16, 32, 64, 100, 128])

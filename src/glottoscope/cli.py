@@ -37,7 +37,9 @@ SetOption = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Change a field: sae.k=16, models.0.lr=1e-3. Repeatable."),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, change nothing.")]
-Workers = Annotated[int | None, typer.Option(min=1, help="Local processes. Default: cores / compute.threads.")]
+Workers = Annotated[
+    int | None, typer.Option(min=1, help="Units at once. Default: one per GPU, else cores / compute.threads; with Ray what fits.")
+]
 EngineOption = Annotated[str, typer.Option("--engine", help="local | ray (docs/cluster.md). It changes no number.")]
 Address = Annotated[
     str | None, typer.Option(help="Ray cluster: HOST:PORT of its head, or auto. Default: one is started on this machine.")
@@ -156,19 +158,21 @@ def run(
 
     if until not in STAGES:
         raise InputError(f"--until {until}: unknown stage; choose one of {', '.join(STAGES)}")
+    machines = _machines(engine, address, pin, plain)
     study = load_study(study_file, set_)
     if scale is not None:
         from glottoscope.study.scaling import scale_study, write_scaled
+        from glottoscope.study.store import RunStore
 
         out = out or Path("runs") / f"{study.study.name}-{scale}"
         study = scale_study(study, scale, out)
-        if dry_run and not (out / "scaled" / "done.json").exists():
+        if dry_run and not (RunStore(out).scaled_dir / "done.json").exists():
             from glottoscope.study.dry import dry_scaled
 
-            return dry_scaled(study, out, workers, _console(sys.stdout))
+            return dry_scaled(study, out, until=until, workers=workers, console=_console(sys.stdout), machines=machines)
         if not dry_run:
             write_scaled(study, _console())
-    _run(study, out or Path("runs") / study.study.name, until, workers, _machines(engine, address, pin, plain), dry_run=dry_run)
+    _run(study, out or Path("runs") / study.study.name, until, workers, machines, dry_run=dry_run)
 
 
 @app.command(epilog="Example: `glottoscope status runs/planted`")
@@ -486,16 +490,15 @@ def _run(study: Study, out: Path, until: str, workers: int | None, machines: Mac
     if dry_run:
         from glottoscope.study.dry import dry_run as say_what_would_be_done
 
-        say_what_would_be_done(study, out, until=until, workers=workers, console=_console(sys.stdout))
+        console = _console(sys.stdout)
+        say_what_would_be_done(study, out, until=until, workers=workers, console=console, machines=machines)
         return
     from glottoscope.study.engine import stop_on_sigterm
-    from glottoscope.study.planning import announce
     from glottoscope.study.runner import run_study
 
     stop_on_sigterm()
     console = _console()
     console.print(f"study [bold]{study.study.name}[/bold] -> {out}")
-    announce(study, out, workers, console)
     result = run_study(study, out, until=until, workers=workers, console=console, machines=machines)
     if result.exit_code:
         raise typer.Exit(result.exit_code)

@@ -177,7 +177,8 @@ def test_lost_processes_are_tried_again_and_failures_are_not(cluster: Any, store
     units += [Unit(f"file {i}", make_file, (root, str(i))) for i in range(4)]
     units.append(Unit("giant", make_file, (root, "giant"), memory=2**60))
     with RayEngine(store, 1, Console(file=StringIO()), address=cluster.address) as engine:
-        assert engine.slots == 2 and (engine.memory_per_unit() or 0) > 2**20
+        room = engine.memory_per_unit()
+        assert engine.slots == 2 and room is not None and room.each > 2**20
         outcome = engine.run("train", units)
         engine.workers = engine.slots = 1
         limited = engine.run("train", [units[-1], Unit("last", make_file, (root, "last"))])

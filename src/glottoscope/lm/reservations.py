@@ -20,8 +20,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from glottoscope.machine import machine_id
 from glottoscope.walking import tree_size
+from glottoscope.whereabouts import machine_id
 
 SUFFIX = ".reserved"
 BEAT_S = 10.0

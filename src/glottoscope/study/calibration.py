@@ -22,6 +22,7 @@ import glottoscope
 from glottoscope.atomic import write_json
 from glottoscope.errors import InputError
 from glottoscope.study.config import PretrainModel, Study
+from glottoscope.study.machine import device_of, gpu_memory, visible_gpus
 from glottoscope.study.plan import ModelRun, expand, mlp_width
 from glottoscope.study.rates import KINDS, Kind, Point, Rates, collect_work, forward_work, pretrain_work, sae_work
 from glottoscope.study.store import digest
@@ -29,7 +30,8 @@ from glottoscope.study.store import digest
 BUDGET_S = 30.0  # of the whole calibration
 START_S = 7.0  # of it, for starting processes and compiling loops
 MAX_ROWS = 4096  # positions of one SAE step: more take longer in proportion
-MAX_BYTES = 2**30  # of weights and moments of one measurement
+MAX_BYTES = 2**30  # of weights and moments of one measurement on a CPU
+GPU_SHARE = 0.4  # of what is free on a GPU, for the same
 
 
 # ---- what is measured
@@ -92,10 +94,10 @@ def _pretrain_task(study: Study, run: ModelRun) -> dict[str, Any]:
 # ---- measuring, in a process of its own
 
 
-def measure(task: dict[str, Any], seconds: float, device: str, threads: int = 1) -> float | None:
-    """Seconds a token of one task; None where it does not fit the time or a part of the memory."""
+def measure(task: dict[str, Any], seconds: float, device: str, threads: int = 1, most_bytes: float = MAX_BYTES) -> float | None:
+    """Seconds a token of one task; None where it does not fit the time or `most_bytes` of memory."""
     make = {"forward": _forward, "pretrain": _pretrain, "sae": _sae, "collect": _collect}[task["kind"]]
-    prepared = make(task, device, seconds)
+    prepared = make(task, device, seconds, most_bytes)
     if prepared is None:
         return None
     once, tokens, scale = prepared
@@ -127,7 +129,7 @@ def _fits(work: float, seconds: float, device: str) -> bool:
     return device != "cpu" or work < seconds * 1.5e10
 
 
-def _forward(task: dict[str, Any], device: str, seconds: float) -> Prepared | None:
+def _forward(task: dict[str, Any], device: str, seconds: float, most_bytes: float) -> Prepared | None:
     import torch
 
     from glottoscope.lm.capture import capture
@@ -140,7 +142,7 @@ def _forward(task: dict[str, Any], device: str, seconds: float) -> Prepared | No
     while depth > 1 and not _fits(task["work"] * batch * context * depth / task["n_layers"], seconds, device):
         depth = -(-depth // 2)
     d = task["d_model"]
-    if 4 * depth * (4 * d * d + 3 * d * task["mlp"]) > MAX_BYTES:
+    if 4 * depth * (4 * d * d + 3 * d * task["mlp"]) > most_bytes:
         return None
     model: Any = _llama(d, depth, task["mlp"], context).to(device, DTYPES[task["dtype"]])
     tokens_BT = torch.randint(1, 256, (batch, context), device=device)
@@ -163,7 +165,7 @@ def _llama(d: int, depth: int, mlp: int, context: int) -> Any:
     return build_model(shape, PretrainSettings(steps=1, lr=1e-3, warmup_steps=0)).eval()
 
 
-def _pretrain(task: dict[str, Any], device: str, seconds: float) -> Prepared | None:
+def _pretrain(task: dict[str, Any], device: str, seconds: float, most_bytes: float) -> Prepared | None:
     import numpy as np
 
     from glottoscope.lm.pretrain import LlamaShape, Pretraining, PretrainSettings
@@ -183,8 +185,8 @@ def _pretrain(task: dict[str, Any], device: str, seconds: float) -> Prepared | N
     return lambda: training.update(tokens), tokens.size, 1.0
 
 
-def _sae_rows(task: dict[str, Any], device: str, seconds: float) -> int | None:
-    if 12 * 2 * task["d"] * task["n"] > 2 * MAX_BYTES:
+def _sae_rows(task: dict[str, Any], device: str, seconds: float, most_bytes: float) -> int | None:
+    if 12 * 2 * task["d"] * task["n"] > 2 * most_bytes:
         return None
     rows = task["rows"]
     while rows > 128 and not _fits(task["work"] * rows, seconds / 2, device):
@@ -198,11 +200,11 @@ def _states(rows: int, d: int, device: str) -> Any:
     return torch.randn(rows, d, generator=torch.Generator().manual_seed(0)).to(device)
 
 
-def _sae(task: dict[str, Any], device: str, seconds: float) -> Prepared | None:
+def _sae(task: dict[str, Any], device: str, seconds: float, most_bytes: float) -> Prepared | None:
     from glottoscope.sae.model import TopKSAE
     from glottoscope.sae.trainer import SAETrainer
 
-    rows = _sae_rows(task, device, seconds)
+    rows = _sae_rows(task, device, seconds, most_bytes)
     if rows is None:
         return None
     sae = TopKSAE(task["d"], task["n"], task["k"], 0, normalization=task["normalization"], device=device)
@@ -211,7 +213,7 @@ def _sae(task: dict[str, Any], device: str, seconds: float) -> Prepared | None:
     return lambda: trainer.step(x_BD), rows, 1.0
 
 
-def _collect(task: dict[str, Any], device: str, seconds: float) -> Prepared | None:
+def _collect(task: dict[str, Any], device: str, seconds: float, most_bytes: float) -> Prepared | None:
     import numpy as np
     import torch
 
@@ -219,7 +221,7 @@ def _collect(task: dict[str, Any], device: str, seconds: float) -> Prepared | No
     from glottoscope.sae.model import TopKSAE
     from glottoscope.sae.quality import QualityAccumulator
 
-    rows = _sae_rows(task, device, seconds)
+    rows = _sae_rows(task, device, seconds, most_bytes)
     if rows is None:
         return None
     sae = TopKSAE(task["d"], task["n"], task["k"], 0, normalization=task["normalization"], device=device)
@@ -262,13 +264,6 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def device_of(study: Study) -> str:
-    """The device as far as it can be told without torch."""
-    if study.compute.device != "auto":
-        return study.compute.device
-    return "cuda" if Path("/dev/nvidiactl").exists() else "cpu"
-
-
 def cache_path(study: Study, workers: int) -> Path:
     """The file in the user's cache folder that holds this machine's measurements."""
     cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
@@ -278,10 +273,10 @@ def cache_path(study: Study, workers: int) -> Path:
 
 
 def cached(study: Study, workers: int) -> dict[str, float]:
-    """Task (as JSON) -> seconds a token, as measured before; empty where nothing was."""
+    """Task (as JSON) -> seconds a token, as measured before; empty where nothing was, or there is no place for it."""
     try:
         found = json.loads(cache_path(study, workers).read_text(encoding="utf-8"))["measured"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError):  # RuntimeError: there is no home
         return {}
     return {k: float(v) for k, v in found.items()} if isinstance(found, dict) else {}
 
@@ -298,6 +293,12 @@ def rates_of(measured: dict[str, float], flops: float, study: Study) -> Rates | 
             points[task["kind"]].append(Point(task["work"], seconds))
     points = {kind: _merged(found) for kind, found in points.items() if found}
     return Rates(flops, points, "calibrated on this machine") if points else None
+
+
+def kinds_of(study: Study) -> list[Kind]:
+    """The kinds of work that a study is made of."""
+    found = {task["kind"] for task in _safely(study)}
+    return [kind for kind in KINDS if kind in found]
 
 
 def _safely(study: Study) -> list[dict[str, Any]]:
@@ -325,11 +326,22 @@ def calibrate(study: Study, workers: int, *, budget: float = BUDGET_S) -> dict[s
         InputError: no size of a model is known, or a measuring process failed.
     """
     tasks = tasks_of(study)
+    try:
+        path = cache_path(study, workers)
+    except RuntimeError:
+        raise InputError("there is no home to keep the calibration in: set XDG_CACHE_HOME to a folder") from None
     # A first call of each task compiles and allocates: it takes about as long again.
     each = max(0.2, (budget - START_S) / len(tasks) / 2)
-    job = json.dumps({"tasks": tasks, "seconds": each, "threads": study.compute.threads, "device": device_of(study)})
-    command = [sys.executable, "-m", "glottoscope.study.calibration", job]
-    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(workers)]
+    gpus = visible_gpus() if device_of(study) == "cuda" else []
+    job = {
+        "tasks": tasks, "seconds": each, "threads": study.compute.threads, "device": device_of(study),
+        "sharing": -(-workers // max(1, len(gpus))),
+    }  # fmt: skip
+    command = [sys.executable, "-m", "glottoscope.study.calibration", json.dumps(job)]
+    processes = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+        for environment in _environments(workers, gpus)
+    ]
     results = []
     try:
         for process in processes:
@@ -348,9 +360,14 @@ def calibrate(study: Study, workers: int, *, budget: float = BUDGET_S) -> dict[s
         seconds = [r[i] for r in results if r[i] is not None]
         if seconds:
             measured[json.dumps(task, sort_keys=True)] = sum(seconds) / len(seconds)
-    path = cache_path(study, workers)
     write_json(path, {"machine": machine(study.compute.threads, workers, device_of(study)), "measured": measured})
     return measured
+
+
+def _environments(workers: int, gpus: Sequence[str]) -> list[dict[str, str]]:
+    """Of every measuring process: as workers have it, each with one GPU, in turn."""
+    own = [{"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]} if gpus else {} for i in range(workers)]
+    return [{**os.environ, **changes} for changes in own]
 
 
 def _main() -> None:
@@ -360,7 +377,9 @@ def _main() -> None:
     job = json.loads(sys.argv[1])
     device = choose_device("auto" if job["device"] == "cuda" else job["device"])
     prepare_process(job["threads"], device == "cpu")
-    print(json.dumps([measure(task, job["seconds"], device, job["threads"]) for task in job["tasks"]]))
+    free = gpu_memory() if device == "cuda" else None
+    most = MAX_BYTES if free is None else GPU_SHARE * free / job["sharing"]
+    print(json.dumps([measure(task, job["seconds"], device, job["threads"], most) for task in job["tasks"]]))
 
 
 if __name__ == "__main__":

@@ -11,10 +11,12 @@ from rich.table import Table
 from glottoscope.errors import InputError
 from glottoscope.study.config import STAGES, InterventionConfig, Study
 from glottoscope.study.engine import Unit
+from glottoscope.study.engines import LOCAL, Machines, check_room, room_before
+from glottoscope.study.machine import workers_of
 from glottoscope.study.plan import cells_of, describe_memory, expand
-from glottoscope.study.planning import forecast, workers_of
+from glottoscope.study.planning import forecast
 from glottoscope.study.rates import Rates
-from glottoscope.study.runner import default_workers, memory_budget, preflight, stages
+from glottoscope.study.runner import preflight, stages
 from glottoscope.study.stages.context import Context
 from glottoscope.study.stages.intervene import units as intervening
 from glottoscope.study.stages.intervene.experiments import STUDY_NAME, experiments
@@ -24,7 +26,9 @@ SHOWN = 3  # names of a stage's units
 LATER = "known when the stages before are done"
 
 
-def dry_run(study: Study, out: Path, *, until: str = "report", workers: int | None = None, console: Console) -> int:
+def dry_run(
+    study: Study, out: Path, *, until: str = "report", workers: int | None = None, console: Console, machines: Machines = LOCAL
+) -> int:
     """Print the units that `run_study` would do, by stage; returns how many are known.
 
     Raises:
@@ -33,11 +37,13 @@ def dry_run(study: Study, out: Path, *, until: str = "report", workers: int | No
     preflight(study)
     store = RunStore(out)
     store.check_owner(study)
-    count = workers or default_workers(study)
+    count, words = _workers(study, workers, machines)
     context = Context(study, store)
-    table = _table(f"{study.study.name} -> {out}, {count} worker(s)")
+    room = room_before(study, count, machines)
+    check_room(context, room, until)
+    table = _table(f"{study.study.name} -> {out}, {words}")
     found: dict[str, list[Unit] | None] = {}
-    for stage, units in stages(context, memory_budget(study, count), count):
+    for stage, units in stages(context, room, count):
         if STAGES.index(stage) > STAGES.index(until):
             break
         before = found.get(stage, [])
@@ -50,23 +56,47 @@ def dry_run(study: Study, out: Path, *, until: str = "report", workers: int | No
     console.print(f"{len(cells)} cells; it would write to {out.absolute()}" + ("" if out.exists() else ", which it would make"))
     if store.root.is_dir() and (left := store.leftovers()):
         console.print(f"{len(left)} temporary file(s) of a process that was stopped would be removed")
+    _explain_cluster(study, machines, console)
     console.print("nothing was changed")
     return sum(len(u or ()) for u in found.values())
 
 
-def dry_scaled(study: Study, out: Path, workers: int | None, console: Console) -> None:
-    """The same for a small study whose text and models are not written yet: numbers from its plan."""
-    count = workers_of(study, workers)
-    found = forecast(study, Rates(1e11), count)
+def _workers(study: Study, workers: int | None, machines: Machines) -> tuple[int, str]:
+    """Units at once as far as they are known before there is an engine, and how they are called."""
+    if machines.engine == "local":
+        count = workers_of(study, workers)
+        return count, f"{count} worker(s)"
+    return workers or 1, f"--engine {machines.engine}" + (f", at most {workers} unit(s) at once" if workers else "")
+
+
+def _explain_cluster(study: Study, machines: Machines, console: Console) -> None:
+    if machines.engine == "local":
+        return
+    console.print("the nodes decide how many units are at work at once" + (
+        ", and how the layers of a cell are grouped: here they are one unit" if study.compute.memory_gb is None else ""
+    ))  # fmt: skip
+
+
+def dry_scaled(study: Study, out: Path, *, until: str, workers: int | None, console: Console, machines: Machines = LOCAL) -> None:
+    """The same for a small study whose text and models are not written yet: numbers from its plan.
+
+    Raises:
+        InputError: the run directory belongs to another study.
+    """
+    RunStore(out).check_owner(study)
+    count, words = _workers(study, workers, machines)
+    found = forecast(study, Rates(1e11), count, room_before(study, count, machines))
     checkpoints = sum(len(run.checkpoints) for run in expand(study) if run.name == run.lm)
     size = sum(2 * run.shape.n_params * len(run.checkpoints) for run in expand(study) if run.shape and run.name == run.lm)
     console.print(
         f"it would write {checkpoints} random checkpoints ({describe_memory(size)}) and text to {RunStore(out).scaled_dir}"
     )
-    table = _table(f"{study.study.name} -> {out}, {count} worker(s)")
+    table = _table(f"{study.study.name} -> {out}, {words}")
     for stage in dict.fromkeys(u.stage for u in found.units):
-        table.add_row(stage, f"{sum(u.count for u in found.units if u.stage == stage):,}", "as planned")
+        if STAGES.index(stage) <= STAGES.index(until):
+            table.add_row(stage, f"{sum(u.count for u in found.units if u.stage == stage):,}", "as planned")
     console.print(table)
+    _explain_cluster(study, machines, console)
     console.print("nothing was changed")
 
 

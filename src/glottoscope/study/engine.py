@@ -24,6 +24,7 @@ from rich.console import Console
 
 from glottoscope.errors import InputError, is_interruption
 from glottoscope.study.heartbeats import Heart, clear
+from glottoscope.study.plan import Room
 from glottoscope.study.store import RunStore
 from glottoscope.study.view import View, view_of
 
@@ -94,8 +95,8 @@ class Engine(ABC):
     def start(self) -> None:  # noqa: B027 - not every engine has something to start
         """Start what the units need; raises InputError where it cannot be had."""
 
-    def memory_per_unit(self) -> float | None:
-        """Bytes that a unit may use where it runs; None: as this machine has."""
+    def memory_per_unit(self) -> Room | None:
+        """Memory that a unit may use where it runs; None: as this machine has."""
         return None
 
     @abstractmethod

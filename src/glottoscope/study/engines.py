@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import os
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from rich.console import Console
 
 from glottoscope.errors import InputError
-from glottoscope.study.config import Study
-from glottoscope.study.engine import Engine, usable_cores
-from glottoscope.study.local import LocalEngine, visible_gpus
-from glottoscope.study.plan import PROCESS
+from glottoscope.study.config import STAGES, Study
+from glottoscope.study.engine import Engine
+from glottoscope.study.local import LocalEngine
+from glottoscope.study.machine import room_for, stated_room, visible_gpus, workers_of
+from glottoscope.study.plan import Room
 from glottoscope.study.store import RunStore
+
+if TYPE_CHECKING:
+    from glottoscope.study.stages.context import Context
 
 ENGINES = ("local", "ray")
 
@@ -61,42 +64,32 @@ def open_engine(study: Study, store: RunStore, console: Console, workers: int | 
             workers=workers, plain=machines.plain,
         )  # fmt: skip
     return LocalEngine(
-        store, workers or default_workers(study), compute.threads, console, fast_matmul=device == "cpu",
+        store, workers_of(study, workers), compute.threads, console, fast_matmul=device == "cpu",
         gpus=visible_gpus() if device == "cuda" else (), pin=machines.pin, plain=machines.plain,
     )  # fmt: skip
 
 
-def default_workers(study: Study) -> int:
-    """Local processes: cores / threads; with accelerators one for each, which several would have to share."""
-    from glottoscope.lm.checkpoints import choose_device
-
-    device = choose_device(study.compute.device)
-    if device == "cuda":
-        return max(1, len(visible_gpus()))
-    if device != "cpu":
-        return 1
-    return max(1, len(usable_cores()) // study.compute.threads)
-
-
-def memory_of(engine: Engine, study: Study) -> float:
-    """Bytes one unit may use where this engine runs it: layers are trained in groups that fit."""
+def room_of(engine: Engine, study: Study) -> Room:
+    """What one unit may use where this engine runs it: layers are trained in groups that fit."""
     found = engine.memory_per_unit()
     if study.compute.memory_gb is not None or found is None:
-        return memory_budget(study, engine.slots)
+        return room_for(study, engine.slots)
     return found
 
 
-def memory_budget(study: Study, workers: int) -> float:
-    """Bytes one process of this machine may use: compute.memory_gb, or four fifths of the memory (of a CUDA device: what is
-    free there) divided by the processes that share it."""
-    if study.compute.memory_gb is not None:
-        return study.compute.memory_gb * 2**30
-    import torch
+def room_before(study: Study, workers: int, machines: Machines) -> Room:
+    """The same before any engine is there: what the nodes of a cluster have only they know."""
+    return room_for(study, workers) if machines.engine == "local" else stated_room(study)
 
-    from glottoscope.lm.checkpoints import choose_device
 
-    if choose_device(study.compute.device) == "cuda":
-        sharing = -(-workers // max(1, torch.cuda.device_count()))
-        # The plan counts the process's libraries, which lie in the host's memory.
-        return 0.8 * torch.cuda.mem_get_info()[0] / sharing + PROCESS
-    return 0.8 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / workers
+def check_room(context: Context, room: Room, until: str) -> None:
+    """Find what cannot be trained before anything is.
+
+    Raises:
+        InputError: not even one layer of a model fits.
+    """
+    if STAGES.index(until) < STAGES.index("train"):
+        return
+    for run in context.runs:
+        if run.shape is not None:
+            context.groups(run, room)

@@ -45,10 +45,6 @@ class Sign(NamedTuple):
         """Of the unit's own count, per second."""
         return pace(self.done - self.first, self.now - self.started)
 
-    @property
-    def seconds_left(self) -> float | None:
-        return (self.total - self.done) / self.rate if self.rate > 0 else None
-
 
 def pace(done: float, seconds: float) -> float:
     """Done per second; 0 where nothing can be said yet."""

@@ -39,15 +39,6 @@ def places(workers: int, threads: int, cores: Sequence[int], gpus: Sequence[str]
     ]
 
 
-def visible_gpus() -> list[str]:
-    """CUDA devices that this process may use, as CUDA_VISIBLE_DEVICES names them."""
-    import torch
-
-    count = torch.cuda.device_count()
-    named = [x.strip() for x in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if x.strip()]
-    return named[:count] if named else [str(i) for i in range(count)]
-
-
 _messages: Any = None
 
 

@@ -30,7 +30,7 @@ from typing import Any
 
 from glottoscope.atomic import TEMPORARY_PREFIX, is_disk_full
 from glottoscope.errors import InputError
-from glottoscope.machine import machine_id as _machine
+from glottoscope.whereabouts import machine_id as _machine
 
 BEAT_S = 10.0  # a holder counts up this often
 STALE_S = 120.0  # a count that stood still for so long is a dead holder's

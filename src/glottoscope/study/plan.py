@@ -6,6 +6,7 @@ Pure: reads at most a config.json or a folder listing, never weights, never a ne
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -293,26 +294,66 @@ def train_memory(study: Study, shape: Shape, layers: int) -> int:
     return lm_memory(study, shape, layers) + sae_memory(shape.d_model, sae, trainers, layers, sae.buffer_tokens)
 
 
-def layer_groups(layers: Sequence[int], d_model: int, apart: int, sae: SAEConfig, memory: float) -> list[tuple[int, ...]]:
-    """Split layers into groups whose SAEs fit `memory` bytes together with `apart`, what the language model needs.
+class Room(NamedTuple):
+    """Memory that one process may use, in bytes, and where the figure is from."""
+
+    each: float  # groups of layers are as large as fit this
+    most: float = math.inf  # where one layer alone does not fit `each`, it may take so much
+    source: str = "compute.memory_gb"
+    remedy: str = "raise compute.memory_gb"
+    alone: float = math.inf  # what the remedy gives at most
+
+    def advice(self, need: float) -> str:
+        """What to do where one layer needs more than `most`."""
+        return self.remedy if need <= self.alone else "take a larger machine"
+
+
+def layer_groups(study: Study, shape: Shape, layers: Sequence[int], memory: float | Room) -> list[tuple[int, ...]]:
+    """Split the layers of a cell into groups whose training fits the memory.
+
+    Args:
+        memory: a number of bytes, compute.memory_gb, is a room of which one layer may take no more.
 
     Raises:
         InputError: not even one layer fits.
     """
-    trainers = len(sae.lr) * len(sae.seeds)
+    room = memory if isinstance(memory, Room) else Room(memory, memory)
     size = len(layers)
-    while size > 1 and apart + sae_memory(d_model, sae, trainers, size, sae.buffer_tokens) > memory:
+    while size > 1 and train_memory(study, shape, size) > room.each:
         size -= 1
-    need = apart + sae_memory(d_model, sae, trainers, size, sae.buffer_tokens)
-    if need > memory:
+    if (need := train_memory(study, shape, size)) > max(room.each, room.most):
         raise InputError(
-            f"one layer of width {d_model} needs {need / 2**30:.1f} GiB and {memory / 2**30:.1f} GiB are to be used: "
-            "raise compute.memory_gb, or lower sae.n, sae.buffer_tokens, sae.batch_tokens or the number of seeds"
+            f"one layer of width {shape.d_model} needs {describe_memory(need)} and a process may use {describe_memory(room.most)} "
+            f"({room.source}): {room.advice(need)}, or lower sae.n, sae.buffer_tokens, sae.batch_tokens or the number of seeds"
         )
     return [tuple(layers[i : i + size]) for i in range(0, len(layers), size)]
 
 
-def cost_of(study: Study, run: ModelRun, memory: float) -> Cost:
+def split_layers(layers: Sequence[int], parts: int) -> list[tuple[int, ...]]:
+    """A group of layers in at most `parts` parts of about one size."""
+    size = -(-len(layers) // max(1, min(parts, len(layers))))
+    return [tuple(layers[i : i + size]) for i in range(0, len(layers), size)]
+
+
+def parts_of(groups: int, workers: int) -> int:
+    """Parts that a group is split into where groups are fewer than workers: an idle core costs more than another pass."""
+    return max(1, workers // max(1, groups))
+
+
+def groups_of(study: Study, run: ModelRun, memory: float | Room) -> list[tuple[int, ...]]:
+    """Layer groups of every cell of a model whose size is known. Raises InputError where not even one layer fits."""
+    assert run.shape is not None
+    return layer_groups(study, run.shape, run.known_layers(), memory)
+
+
+def choosing_cells(study: Study, run: ModelRun) -> int:
+    """Cells of a model that try the whole grid of learning rates (METHOD 4); they train before the others."""
+    if len(study.sae.lr) == 1 or study.sae.lr_choice == "setup":
+        return len(run.checkpoints)
+    return int(run.control != "frozen_decoder")
+
+
+def cost_of(study: Study, run: ModelRun, memory: float | Room) -> Cost:
     """Cost of one model's rows of the study. Raises InputError where its size is not known."""
     if run.shape is None:
         raise InputError(f"model {run.name}: its size is not known: give [models.shape] (n_layers, d_model, n_params, vocab_size)")
@@ -320,7 +361,7 @@ def cost_of(study: Study, run: ModelRun, memory: float) -> Cost:
     n = sae.n_features(shape.d_model)
     parameters = 2 * n * shape.d_model + n + shape.d_model
     tokens = sae.n_steps * sae.batch_tokens
-    groups = layer_groups(layers, shape.d_model, lm_memory(study, shape, len(layers)), sae, memory)
+    groups = groups_of(study, run, memory)
     cells, setups = len(run.checkpoints), len(run.checkpoints) * len(layers) * len(sae.seeds)
     body = shape.n_params - 2 * shape.vocab_size * shape.d_model  # blocks only: no head, embeddings are look-ups
     passes = len(groups)
@@ -373,10 +414,11 @@ def describe_time(seconds: float) -> str:
         return f"{seconds / 60:.0f} min"
     if seconds < 172_800:
         return f"{seconds / 3600:.1f} h"
-    return f"{seconds / 86400:,.0f} days"
+    days = seconds / 86400
+    return f"{days:,.0f} days" if days < 1000 else f"{days / 365.25:,.0f} y"
 
 
-def summary(study: Study, memory: float) -> list[tuple[ModelRun, Cost | None]]:
+def summary(study: Study, memory: float | Room) -> list[tuple[ModelRun, Cost | None]]:
     """Every model of the study with its cost (None where its size is not known)."""
     rows: list[tuple[ModelRun, Cost | None]] = []
     for run in expand(study):

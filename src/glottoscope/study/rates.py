@@ -12,7 +12,7 @@ interpolated; beyond them they grow with the work. Pure: no torch.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -42,6 +42,10 @@ class Rates:
     @property
     def is_measured(self) -> bool:
         return bool(self.points)
+
+    def unmeasured(self, kinds: Iterable[Kind]) -> list[Kind]:
+        """Which of these kinds follow `flops`."""
+        return [kind for kind in kinds if not self.points.get(kind)]
 
     def seconds(self, kind: Kind, work: float) -> float:
         """Seconds a token that takes `work` FLOPs."""

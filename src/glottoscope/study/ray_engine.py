@@ -28,7 +28,8 @@ import glottoscope
 from glottoscope.errors import InputError
 from glottoscope.study.engine import Ended, Engine, Failure, Unit, lost, prepare_process, run_unit, usable_cores
 from glottoscope.study.heartbeats import read_sign
-from glottoscope.study.plan import describe_memory, describe_time
+from glottoscope.study.machine import gpu_room
+from glottoscope.study.plan import Room, describe_memory, describe_time
 from glottoscope.study.store import RunStore, file_digest
 from glottoscope.study.versions import code_hash
 from glottoscope.study.view import View
@@ -161,10 +162,12 @@ class RayEngine(Engine):
         room = int(node.cpus // self.threads)
         return min(room, int(node.gpus / self.gpus + 1e-9)) if self.gpus else room
 
-    def memory_per_unit(self) -> float | None:
+    def memory_per_unit(self) -> Room | None:
         if self.gpus:
-            return None  # of the device, and the driver's is like the others
-        return min(node.memory / min(self._room(node), self.slots) for node in self._nodes)
+            return gpu_room(max(1, int(1 / self.gpus + 1e-9)))  # the driver's GPU is like the others
+        # One layer may take a whole node: by what units declare, Ray then runs fewer at once.
+        share = min(node.memory / min(self._room(node), self.slots) for node in self._nodes)
+        return Room(share, max(node.memory for node in self._nodes), "the largest node's memory", alone=0.0)
 
     def _probe(self) -> None:
         """One task per node: is it the same program, and does it see the run directory?"""

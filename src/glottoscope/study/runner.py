@@ -19,10 +19,12 @@ import glottoscope
 from glottoscope.errors import InputError
 from glottoscope.study.config import STAGES, PlantedCorpus, PretrainModel, Study, TextCorpus
 from glottoscope.study.engine import Failure, Outcome, Unit
-from glottoscope.study.engines import LOCAL, Machines, default_workers, memory_budget, memory_of, open_engine
+from glottoscope.study.engines import LOCAL, Machines, check_room, open_engine, room_of
 from glottoscope.study.heartbeats import Sign, signs
 from glottoscope.study.load import corpus_path
-from glottoscope.study.plan import BYTES, PROCESS, Cell, train_memory, unit_name
+from glottoscope.study.machine import device_of, pretrain_memory, reading_memory, stated_room
+from glottoscope.study.plan import BYTES, PROCESS, Cell, Room, parts_of, split_layers, train_memory, unit_name
+from glottoscope.study.planning import announce
 from glottoscope.study.stages import collecting, pretraining, reporting, rulers, scoring, tables, tokenizing, training
 from glottoscope.study.stages.context import Context
 from glottoscope.study.stages.intervene import units as intervening
@@ -94,8 +96,10 @@ def run_study(
         context.record_shapes()
         # Loggers end after the units: they may take their time.
         with telling(study, store, console), open_engine(study, store, console, workers, machines) as engine:
-            result = RunResult([], STAGES[0])
-            for stage, units in stages(context, memory_of(engine, study), engine.slots):
+            result, room = RunResult([], STAGES[0]), room_of(engine, study)
+            check_room(context, room, until)
+            announce(study, out, engine.slots, room, console, nodes=machines.address is not None)
+            for stage, units in stages(context, room, engine.slots):
                 if STAGES.index(stage) > STAGES.index(until):
                     break
                 try:
@@ -254,7 +258,7 @@ def explain(console: Console, outcome: Outcome, stage: str) -> None:
 Units = Callable[[], list[Unit]]
 
 
-def stages(context: Context, memory: float, workers: int = 1) -> Iterator[tuple[str, Units]]:
+def stages(context: Context, memory: float | Room, workers: int = 1) -> Iterator[tuple[str, Units]]:
     """Every stage with a function that lists its missing units; asked in order, since later ones depend on earlier."""
 
     def cells(function: Callable[..., None], missing: Callable[..., list[int]], choosers: bool | None = None) -> list[Unit]:
@@ -301,7 +305,8 @@ def _pretrain_units(context: Context) -> list[Unit]:
         assert run.shape is not None
         assert isinstance(run.spec, PretrainModel)
         weight = run.spec.steps * run.spec.batch_size * (run.shape.n_params + 10**6) / 10**9
-        units.append(Unit(run.name, pretraining.pretrain_model, (str(context.store.root), run.name), weight))
+        arguments, memory = (str(context.store.root), run.name), pretrain_memory(context.study, run)
+        units.append(Unit(run.name, pretraining.pretrain_model, arguments, weight, memory))
     # Longest first: two workers then end at about the same time.
     return sorted(units, key=lambda u: -u.weight)
 
@@ -314,7 +319,7 @@ def _token_units(context: Context) -> list[Unit]:
 
 
 def _cell_units(
-    context: Context, memory: float, workers: int, function: Callable[..., None], missing: Callable[..., list[int]],
+    context: Context, memory: float | Room, workers: int, function: Callable[..., None], missing: Callable[..., list[int]],
     choosers: bool | None,
 ) -> list[Unit]:  # fmt: skip
     """Units of one cell x layer group each, of the cells that choose learning rates, of the others, or of all.
@@ -331,13 +336,12 @@ def _cell_units(
         if (found := missing(context, cell, group))
         for layers in (training.kept_together(context, cell, found) if function is training.train_cell else [found])
     ]
-    parts = max(1, workers // max(1, len(groups)))
+    parts = parts_of(len(groups), workers)
     units = []
     for cell, layers in groups:
         assert cell.model.shape is not None
-        size = -(-len(layers) // min(parts, len(layers)))
-        for part in (layers[i : i + size] for i in range(0, len(layers), size)):
-            arguments = (str(context.store.root), cell.model.name, cell.checkpoint.step, tuple(part))
+        for part in split_layers(layers, parts):
+            arguments = (str(context.store.root), cell.model.name, cell.checkpoint.step, part)
             need = unit_memory(context, cell, len(part))
             units.append(Unit(unit_name(cell, part), function, arguments, len(part) * cell.model.shape.d_model, need))
     return sorted(units, key=lambda u: -u.weight)
@@ -347,7 +351,7 @@ def unit_memory(context: Context, cell: Cell, layers: int) -> int:
     """Bytes of the host's memory that a unit of a cell takes at most: with an accelerator, what loading the model takes."""
     shape = cell.model.shape
     assert shape is not None
-    if context.device().type == "cpu":
+    if device_of(context.study) == "cpu":
         return train_memory(context.study, shape, layers)
     return PROCESS + shape.n_params * BYTES
 
@@ -359,8 +363,9 @@ def _is_chooser(context: Context, cell: Cell) -> bool:
 def _ruler_units(context: Context) -> list[Unit]:
     units = []
     for run in {context.ruler_run(r).name: context.ruler_run(r) for r in context.runs}.values():
+        memory = reading_memory(context.study, [run])
         units += [
-            Unit(f"{run.name} {name}", rulers.make_rulers, (str(context.store.root), run.name, (name,)))
+            Unit(f"{run.name} {name}", rulers.make_rulers, (str(context.store.root), run.name, (name,)), memory=memory)
             for name in rulers.missing_rulers(context, run)
         ]
     return units
@@ -415,7 +420,8 @@ class StageStatus(NamedTuple):
 def status(root: Path) -> list[StageStatus]:
     """How far every stage of a run directory is."""
     context = Context.open(root)
-    memory = memory_budget(context.study, default_workers(context.study))
+    # Where the run will go on is not known here: it may be a login node that asks.
+    memory = stated_room(context.study)
     counts: dict[str, int] = dict.fromkeys(STAGES, 0)
     unknown = None
     for stage, units in stages(context, memory):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from glottoscope.study.config import InterventionConfig, PlantedCorpus, PretrainModel, Study
-from glottoscope.study.plan import ModelRun, layer_groups, lm_memory, split_tokens
+from glottoscope.study.plan import ModelRun, Room, choosing_cells, groups_of, parts_of, split_layers, split_tokens
 from glottoscope.study.rates import Rates, collect_work, forward_work, pretrain_work, sae_work
 
 TIMED = ("pretrain", "train", "features", "score", "intervene")
@@ -29,47 +31,78 @@ class Units:
     seconds: float  # each
 
 
-def times(study: Study, runs: Sequence[ModelRun], rates: Rates, memory: float, workers: int) -> list[Units]:
+class Wave(NamedTuple):
+    """Cells of one model that are at work in one wave of a stage, and the layer groups of each: units of the run."""
+
+    stage: str
+    run: ModelRun
+    chooses: bool  # of training: tries every learning rate
+    cells: int
+    groups: list[tuple[int, ...]]
+
+
+def waves(study: Study, runs: Sequence[ModelRun], memory: float | Room, workers: int) -> Iterator[Wave]:
+    """Training and features as a run from nothing makes their units, of models whose size is known.
+
+    Raises:
+        InputError: not even one layer fits.
+    """
+    known = [(run, choosing_cells(study, run), groups_of(study, run, memory)) for run in runs if run.shape and run.layers]
+    for stage, chooses in (("train", True), ("train", False), ("features", None)):
+        wave = [
+            (run, n, groups)
+            for run, choosing, groups in known
+            if (n := {True: choosing, False: len(run.checkpoints) - choosing, None: len(run.checkpoints)}[chooses])
+        ]
+        parts = parts_of(sum(n * len(groups) for _, n, groups in wave), workers)
+        for run, n, groups in wave:
+            yield Wave(stage, run, bool(chooses), n, [part for group in groups for part in split_layers(group, parts)])
+
+
+def times(study: Study, runs: Sequence[ModelRun], rates: Rates, memory: float | Room, workers: int) -> list[Units]:
     """Units of every timed stage with their seconds on one worker; models of unknown size are left out."""
     known = [r for r in runs if r.shape is not None and r.layers is not None]
     found: list[Units] = []
     for run in known:
-        found += _of_model(study, run, rates, memory, workers)
+        found += _of_model(study, run, rates)
+    for wave in waves(study, known, memory, workers):
+        found += _of_wave(study, wave, rates)
     if study.intervention is not None and known:
-        found += _interventions(study, study.intervention, known, rates, workers)
+        found += _interventions(study, study.intervention, known, rates)
     return found
 
 
-def _of_model(study: Study, run: ModelRun, rates: Rates, memory: float, workers: int) -> Iterable[Units]:
+def _of_model(study: Study, run: ModelRun, rates: Rates) -> Iterable[Units]:
     shape, layers, sae = run.shape, run.known_layers(), study.sae
     assert shape is not None
     if isinstance(run.spec, PretrainModel) and run.lm == run.name:
         tokens = run.spec.steps * run.spec.batch_size * study.corpus.context_length
         yield Units("pretrain", run.name, 1, UNIT_S + tokens * rates.seconds("pretrain", pretrain_work(shape)))
+    n = sae.n_features(shape.d_model)
+    yield Units("score", run.name, len(layers), len(run.checkpoints) * len(sae.seeds) * n * SCORE_FEATURE_S)
+
+
+def _of_wave(study: Study, wave: Wave, rates: Rates) -> Iterable[Units]:
+    run, sae = wave.run, study.sae
+    shape = run.shape
+    assert shape is not None
     d, n = shape.d_model, sae.n_features(shape.d_model)
     forward = rates.seconds("forward", forward_work(shape))
     step, collect = rates.seconds("sae", sae_work(d, n, sae.k)), rates.seconds("collect", collect_work(d, n, sae.k))
-    groups = layer_groups(layers, d, lm_memory(study, shape, len(layers)), sae, memory)
-    n_cells, n_groups = len(run.checkpoints), len(groups)
-    positions = sae.n_steps * sae.batch_tokens
-    epoch = split_tokens(study, "train")
-    read = min(positions, epoch) if epoch is not None and epoch <= sae.buffer_tokens else positions
-    validation = split_tokens(study, "validation") or positions // 10
-    rates_tried = len(sae.lr)
-    for chooses, cells in ((True, 1), (False, n_cells - 1)) if sae.lr_choice == "final" else ((True, n_cells),):
-        if not cells:
-            continue
-        trainers = len(layers) * len(sae.seeds) * (rates_tried if chooses else 1)
-        lm = n_groups * (read + validation) * forward
-        whole = lm + trainers * (positions * step + validation * collect) + n_groups * UNIT_S
-        yield Units("train", run.name, cells * n_groups, whole / n_groups)
-    test, aligned = split_tokens(study, "test") or positions // 10, _aligned_tokens(study)
-    setups = len(layers) * len(sae.seeds)
-    # A second pass over the text for the examples, where codes are too many to be kept.
-    again = 1 if test * sae.k * 12 * setups <= 256 * 2**20 else 2
-    whole = n_groups * (again * test + aligned) * forward + setups * (again * test + aligned) * collect + n_groups * UNIT_S
-    yield Units("features", run.name, n_cells * n_groups, whole / n_groups)
-    yield Units("score", run.name, len(layers), n_cells * len(sae.seeds) * n * SCORE_FEATURE_S)
+    positions, seeds = sae.n_steps * sae.batch_tokens, len(sae.seeds)
+    if wave.stage == "train":
+        epoch = split_tokens(study, "train")
+        read = min(positions, epoch) if epoch is not None and epoch <= sae.buffer_tokens else positions
+        validation = split_tokens(study, "validation") or positions // 10
+        trainers = seeds * (len(sae.lr) if wave.chooses else 1)
+        lm, layer = (read + validation) * forward, trainers * (positions * step + validation * collect)
+    else:
+        test, aligned = split_tokens(study, "test") or positions // 10, _aligned_tokens(study)
+        # A second pass over the text for the examples, where codes are too many to be kept.
+        again = 1 if test * sae.k * 12 * len(run.known_layers()) * seeds <= 256 * 2**20 else 2
+        lm, layer = (again * test + aligned) * forward, seeds * (again * test + aligned) * collect
+    for size, count in Counter(map(len, wave.groups)).items():
+        yield Units(wave.stage, run.name, wave.cells * count, UNIT_S + lm + size * layer)
 
 
 def _aligned_tokens(study: Study) -> int:
@@ -90,9 +123,7 @@ def conditions(study: Study, config: InterventionConfig) -> int:
     return 6 + len(parts) * (len(config.alphas) + 2) + 2 * config.draws * drawn
 
 
-def _interventions(
-    study: Study, config: InterventionConfig, runs: Sequence[ModelRun], rates: Rates, workers: int
-) -> Iterable[Units]:
+def _interventions(study: Study, config: InterventionConfig, runs: Sequence[ModelRun], rates: Rates) -> Iterable[Units]:
     names = config.models or (max((r for r in runs if r.control == "none"), key=_size, default=runs[0]).name,)
     n_bases = 1 if config.bases == "half" else len(config.bases)
     for run in (r for r in runs if r.name in names):

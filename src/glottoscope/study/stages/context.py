@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from glottoscope.errors import InputError, NonFiniteError
 from glottoscope.study.config import PlantedCorpus, PretrainModel, Shape, Study, TextCorpus
 from glottoscope.study.load import corpus_path
-from glottoscope.study.plan import Cell, CheckpointRef, ModelRun, cells_of, expand, layer_groups, lm_memory, seed_for
+from glottoscope.study.plan import Cell, CheckpointRef, ModelRun, Room, cells_of, expand, groups_of, seed_for
 from glottoscope.study.store import RunStore, digest, file_digest, read_parquet
 
 if TYPE_CHECKING:
@@ -132,11 +132,8 @@ class Context:
         run = self.run_of(model)
         return Cell(run, next(c for c in run.checkpoints if c.step == step))
 
-    def groups(self, run: ModelRun, memory: float) -> list[tuple[int, ...]]:
-        shape = run.shape
-        assert shape is not None
-        layers = run.known_layers()
-        return layer_groups(layers, shape.d_model, lm_memory(self.study, shape, len(layers)), self.study.sae, memory)
+    def groups(self, run: ModelRun, memory: float | Room) -> list[tuple[int, ...]]:
+        return groups_of(self.study, run, memory)
 
     def lm_checkpoint(self, run: ModelRun, ref: CheckpointRef) -> Any:
         """Where the weights of a checkpoint lie, as the lm room wants it."""

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from glottoscope.study.config import Study
 from glottoscope.study.engine import Unit
+from glottoscope.study.machine import reading_memory
 from glottoscope.study.stages.context import Context
 from glottoscope.study.stages.intervene import effects, experiments, measuring, preparing, translating
 from glottoscope.study.stages.intervene.experiments import Experiment, all_experiments, chunks, effects_key, prepare_key
@@ -35,7 +36,7 @@ def check(study: Study) -> None:
 def prepare_units(context: Context, wanted: Sequence[Experiment]) -> list[Unit]:
     root = str(context.store.root)
     return [
-        Unit(f"{e.title}: plan", preparing.prepare, (root, e.dump()))
+        Unit(f"{e.title}: plan", preparing.prepare, (root, e.dump()), memory=_memory(context, e))
         for e in wanted
         if not context.store.is_done(e.folder(context), "prepare", prepare_key(context, e))
     ]
@@ -50,15 +51,21 @@ def measure_units(context: Context, wanted: Sequence[Experiment]) -> list[Unit]:
         for text, i in measuring.missing_chunks(context, e):
             every = chunks(e.folder(context), text)
             name = f"{e.title}: {text} {i + 1}/{len(every)}"
-            units.append(Unit(name, measuring.measure_chunk, (root, e.dump(), text, i), len(every[i])))
+            arguments = (root, e.dump(), text, i)
+            units.append(Unit(name, measuring.measure_chunk, arguments, len(every[i]), _memory(context, e)))
         for direction, i in translating.missing_translations(context, e):
             n = len(translating.translated_chunks(context, e))
             name = f"{e.title}: {direction} {i + 1}/{n}"
             # One translated condition takes about as long as eight losses on the same sentences.
-            units.append(
-                Unit(name, translating.translate_chunk, (root, e.dump(), direction, i), 8.0 * translating.TRANSLATED_CHUNK)
-            )
+            weight = 8.0 * translating.TRANSLATED_CHUNK
+            units.append(Unit(name, translating.translate_chunk, (root, e.dump(), direction, i), weight, _memory(context, e)))
     return sorted(units, key=lambda u: -u.weight)
+
+
+def _memory(context: Context, e: Experiment) -> int:
+    """Of both models, and the SAEs of the donor's and the base's layers."""
+    models = [context.run_of(e.model), context.run_of(e.donor_model)]
+    return reading_memory(context.study, models, len(e.layers), 2 * len(e.layers))
 
 
 def effect_units(context: Context, wanted: Sequence[Experiment]) -> list[Unit]:
