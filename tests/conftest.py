@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ from study_fixture import PLANTED, run, text_study, write_text
 from glottoscope.study.store import RunStore
 
 torch.set_num_threads(1)
+# Tests stop processes the way Ctrl-C does, which they would inherit as ignored where tests run in the background of a shell.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

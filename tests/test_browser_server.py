@@ -507,7 +507,10 @@ def test_browse_prints_its_address_and_ends_at_ctrl_c(tiny: RunStore, tmp_path: 
         live = json.loads(connection.getresponse().read())
         assert (live["live"], live["rater"]) == (True, "ken")
         process.send_signal(number)  # while a connection is open
-        out, errors = process.communicate(timeout=20)
+        try:
+            out, errors = process.communicate(timeout=20)
+        finally:
+            process.kill()
         connection.close()
     assert (process.returncode, out) == (0, "")
     assert "Traceback" not in errors

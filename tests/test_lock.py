@@ -203,6 +203,27 @@ def test_who_was_taken_over_stops(held: subprocess.Popen[str], tmp_path: Path) -
         assert json.loads((tmp_path / RUN_HOLDER).read_bytes())["pid"] == os.getpid()
 
 
+def test_who_was_taken_over_stops_where_ctrl_c_is_ignored(tmp_path: Path) -> None:
+    """As in the background of a script."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        held = start(tmp_path)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    with held:
+        assert held.stdin is not None and held.stdout is not None
+        assert held.stdout.readline() == "held\n"
+        held.stdin.write("sleep\n")
+        held.stdin.flush()
+        (tmp_path / RUN_HOLDER).write_bytes(json.dumps({"pid": 1}).encode())
+        try:
+            _, errors = held.communicate(timeout=30)
+        finally:
+            held.kill()
+    assert held.returncode == -signal.SIGTERM
+    assert "was taken over by another process" in errors
+
+
 def test_a_holder_file_removed_by_hand_is_written_again(tmp_path: Path) -> None:
     with hold_run(tmp_path):
         (tmp_path / RUN_HOLDER).unlink()

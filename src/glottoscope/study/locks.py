@@ -18,6 +18,7 @@ import errno
 import fcntl
 import json
 import os
+import signal
 import socket
 import sys
 import threading
@@ -265,7 +266,7 @@ class _Heart(threading.Thread):
             with contextlib.suppress(OSError):
                 if not self._is_ours():
                     self._say(f"{self._path.parent} was taken over by another process: this one stops")
-                    _thread.interrupt_main()
+                    _interrupt()
                     return
                 self._own["beat"] += 1
                 os.pwrite(self._handle, _bytes(self._own), 0)
@@ -293,6 +294,14 @@ class _Heart(threading.Thread):
 
 
 # ---- what the system says
+
+
+def _interrupt() -> None:
+    """Stop the main thread as Ctrl-C does; where a shell started us with Ctrl-C ignored, as SIGTERM does."""
+    if callable(signal.getsignal(signal.SIGINT)):
+        _thread.interrupt_main()
+    else:
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _flock_run(handle: int, path: Path, say: Callable[[str], None]) -> bool | None:
