@@ -26,7 +26,7 @@ ALLOWED = {
     "cli": ("study",),
     "errors": (),
     "atomic": (),
-    "machine": (),
+    "whereabouts": (),
     "walking": (),
 }
 FORBIDDEN_LIBRARIES = {
@@ -35,7 +35,15 @@ FORBIDDEN_LIBRARIES = {
     "corpus": ("torch",),
     "report": ("torch", "transformers"),
 }
-LIGHT = ("cli", "errors", "atomic", "machine", "walking", "study.config", "study.load")  # what `--help` and a bad study file need
+LIGHT = (
+    "cli",
+    "errors",
+    "atomic",
+    "whereabouts",
+    "walking",
+    "study.config",
+    "study.load",
+)  # what `--help` and a bad study file need
 HEAVY = ("torch", "transformers", "pyarrow", "scipy", "safetensors", "matplotlib", "tokenizers", "numpy")
 
 

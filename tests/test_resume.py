@@ -156,6 +156,7 @@ def test_clean_removes_only_what_no_setting_refers_to(copy: RunStore) -> None:
         "cells/old@0", "cells/old@10", "cells/old@20", "cells/m@10", "cells/m@0/layer_02", "cells/m@20/layer_02",
         *(f"cells/m@{s}/layer_0{x}/seed_1" for s in (0, 20) for x in (0, 1)),
         "models/old", "models/m/step_10", leftover.relative_to(copy.root).as_posix(),
+        *(f"metrics/{unit}.jsonl" for unit in ("m@10", "old", "old@0", "old@20")),
     } - {"cells/old@10"}  # fmt: skip
     removed = clean(copy.root)
     assert [(p, n) for p, n in removed if p != leftover] == [(p, n) for p, n in planned if p != leftover]
