@@ -59,7 +59,7 @@ while (there := sum(n["Alive"] for n in ray.nodes())) < int(sys.argv[2]) and tim
 print(there, "of", sys.argv[2], "Ray nodes are there", flush=True)
 END
 
-timeout --signal=TERM --preserve-status "$STOP_AFTER" \
+timeout --foreground --signal=TERM --preserve-status "$STOP_AFTER" \
   glottoscope run "$STUDY" --out "$RUN" --engine ray --address "$HEAD_IP:$PORT" --plain &
 DRIVER=$!
 trap 'kill -TERM $DRIVER 2>/dev/null || true' TERM INT

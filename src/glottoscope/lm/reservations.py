@@ -120,17 +120,20 @@ class Reservations:
 
     def clear(self) -> list[str]:
         """Let go of all but what living processes of this machine hold; returns the ends of their names."""
-        kept = []
-        for path in self._files():
-            with contextlib.suppress(FileNotFoundError):
-                handle = os.open(path, os.O_RDWR)
-                try:
-                    if _flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB) is False:
-                        kept.append(_token(path.name))
-                    else:
-                        self._let_go(path)
-                finally:
-                    os.close(handle)
+        kept: list[str] = []
+        if not self.folder.is_dir():
+            return kept
+        with self.alone():  # a reservation that is being made looks like a dead one's
+            for path in self._files():
+                with contextlib.suppress(FileNotFoundError):
+                    handle = os.open(path, os.O_RDWR)
+                    try:
+                        if _flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB) is False:
+                            kept.append(_token(path.name))
+                        else:
+                            self._let_go(path)
+                    finally:
+                        os.close(handle)
         return [f"-{token}" for token in kept]
 
     @contextlib.contextmanager

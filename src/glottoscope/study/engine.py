@@ -217,10 +217,17 @@ def usable_cores() -> list[int]:
 
 
 def stop_on_sigterm() -> None:
-    """Let SIGTERM end a run the way Ctrl-C does: workers stopped, nothing half written."""
+    """Let SIGTERM end a run the way Ctrl-C does: workers stopped, nothing half written.
+
+    The first one only: batch systems send it to a process and then to its group, and while a run ends, units write their states.
+    """
+    asked = False
 
     def interrupt(_signal: int, _frame: Any) -> None:
-        raise KeyboardInterrupt
+        nonlocal asked
+        if not asked:
+            asked = True
+            raise KeyboardInterrupt
 
     if threading.current_thread() is threading.main_thread() and sys.platform != "win32":
         signal.signal(signal.SIGTERM, interrupt)

@@ -105,6 +105,8 @@ def merge(root: Path, other: Path, *, dry_run: bool = False, console: Console | 
         found.labels = join_labels(ours, theirs, write=not dry_run)
         if not dry_run:
             ours.create(union.study, _manifest(ours.manifest(), theirs.manifest(), union.study))
+            if shapes := {**theirs.recorded_shapes(), **ours.recorded_shapes()}:
+                ours.record_shapes(shapes)
     return found
 
 

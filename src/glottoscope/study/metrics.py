@@ -107,7 +107,10 @@ def parse(text: bytes) -> Iterator[Point]:
             point = json.loads(line)
         except ValueError:  # UnicodeDecodeError is one
             continue
-        if isinstance(point, dict) and isinstance(point.get("step"), int) and isinstance(point.get("unit"), str):
+        if not isinstance(point, dict) or not isinstance(point.get("unit"), str) or not isinstance(point.get("step"), int):
+            continue
+        # A damaged line must not end whoever reads it.
+        if all(isinstance(point.get(name, 0), int | float) for name in ("attempt", "steps", "time")):
             yield point
 
 

@@ -282,9 +282,11 @@ def _disk_warnings(study: Study, found: Forecast, out: Path | None) -> list[str]
     place = out or Path()
     while not place.exists():
         place = place.parent
-    # What lies there already is not written again; the text and models of --scale are not in the plan.
-    lying = tree_size(out) - tree_size(RunStore(out).scaled_dir) if out is not None and place == out else 0
-    free, need = shutil.disk_usage(place).free, found.disk + downloads(study, known) - lying
+    free, need, lying = shutil.disk_usage(place).free, found.disk + downloads(study, known), 0
+    if need > free and out is not None and place == out:
+        # What lies there already is not written again; the text and models of --scale are not in the plan.
+        lying = tree_size(out) - tree_size(RunStore(out).scaled_dir)
+        need -= lying
     lines = []
     if need > free:
         more = "by about" if lying else "to about"

@@ -121,9 +121,10 @@ def run_study(
 
 
 def _remove_states(context: Context, stage: str) -> None:
-    """Remove states that nothing goes on from: their unit was stopped after its last result and before it removed them."""
+    """Remove states of units that are complete: these were stopped after their last result and before they removed them.
+    States of other settings stay until a training writes its own in their place, or until `clean`."""
     for waiting in WITH_STATES[stage](context):
-        if waiting.steps is None:
+        if waiting.is_complete:
             context.store.remove(waiting.folder)
             with contextlib.suppress(OSError):  # others' states are there
                 waiting.folder.parent.rmdir()

@@ -298,8 +298,9 @@ def waiting(context: Context) -> list[Waiting]:
     for run in pretrained_runs(context):
         folder = context.store.pretrain_states_dir(run.name)
         if folder.is_dir():
-            wanted = {} if is_pretrained(context, run) else wanted_state(context, run)
-            found.append(Waiting(folder, run.name, newest(folder, wanted)))
+            is_complete = is_pretrained(context, run)
+            wanted = {} if is_complete else wanted_state(context, run)
+            found.append(Waiting(folder, run.name, newest(folder, wanted), is_complete))
     return found
 
 

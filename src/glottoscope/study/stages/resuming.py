@@ -208,6 +208,7 @@ class Waiting(NamedTuple):
     folder: Path
     unit: str
     steps: int | None  # of the newest; None: no training of the study goes on from them
+    is_complete: bool  # whether nothing of what they were for is missing
 
 
 def newest(folder: Path, wanted: Mapping[str, str]) -> int | None:

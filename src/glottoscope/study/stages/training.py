@@ -127,7 +127,7 @@ def waiting(context: Context) -> list[Waiting]:
     for cell in context.cells:
         folders = listed(context.store.train_states_dir(cell.model.name, cell.checkpoint.step), "layers_*")
         missing = missing_parts(context, cell, cell.model.known_layers()) if folders else {}
-        found += [Waiting(f, f"{cell.name} {f.name.replace('_', ' ')}", newest(f, missing)) for f in folders]
+        found += [Waiting(f, f"{cell.name} {f.name.replace('_', ' ')}", newest(f, missing), not missing) for f in folders]
     return found
 
 
