@@ -286,6 +286,22 @@ def test_what_is_written_before_the_end_is_told(tmp_path: Path, monkeypatch: pyt
     assert json.loads((tmp_path / "sent.json").read_text(encoding="utf-8"))
 
 
+def test_a_unit_that_was_cleaned_and_comes_back_is_told(tmp_path: Path) -> None:
+    for unit in ("gone", "stays"):
+        file = MetricsFile(tmp_path / f"{unit}.jsonl", {"unit": unit})
+        file.begin()
+        file.add([{"step": 3}])
+    tail = Tail(tmp_path, tmp_path / "sent.json")
+    assert {p["unit"] for p in tail.read() + tail.read()} == {"gone", "stays"}
+    tail.keep()
+    (tmp_path / "gone.jsonl").unlink()
+    tail = Tail(tmp_path, tmp_path / "sent.json")
+    file = MetricsFile(tmp_path / "gone.jsonl", {"unit": "gone"})
+    file.begin()
+    file.add([{"step": 1}])
+    assert [(p["unit"], p["step"]) for p in tail.read() + tail.read()] == [("gone", 1)]
+
+
 class Calls(UnitLogger):
     """What is opened, written and shut."""
 

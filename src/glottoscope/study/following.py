@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Protocol
 
 from glottoscope.atomic import TEMPORARY_PREFIX
-from glottoscope.study.metrics import Point, parse, series_of
+from glottoscope.study.metrics import SERIES, Point, parse, series_of
 
 LOOK_S = 2.0  # between two looks at the files
 KEEP_S = 10.0  # at most this often is it written down what was handed over
 CHUNK = 2**18  # bytes of a file read at one look
 MOST = 10_000  # points handed over at one look, about
+UNIT = SERIES.index("unit")
 MARK = 64  # bytes that tell whether a file is still the one that was read: times are among them
 
 
@@ -42,7 +43,9 @@ class Tail:
     def __init__(self, folder: Path, notes: Path) -> None:
         self._folder, self._notes = folder, notes
         self._places: dict[str, tuple[int, bytes]] = {}  # file -> bytes read, the last of them
-        self._sent = _read_notes(notes)  # series -> attempt and step of its last point
+        # Series -> attempt and step of its last point. A unit whose file is gone (`clean`) begins at its first attempt again.
+        there = _units(folder)
+        self._sent = {name: at for name, at in _read_notes(notes).items() if json.loads(name)[UNIT] in there}
 
     def read(self) -> list[Point]:
         """What is new, or as much of it as is handed over at once."""
@@ -87,6 +90,15 @@ class Tail:
             self._notes.parent.mkdir(parents=True, exist_ok=True)
             temporary.write_text(json.dumps(self._sent), encoding="utf-8")
             os.replace(temporary, self._notes)
+
+
+def _units(folder: Path) -> set[str]:
+    """Units that have a file, by its first lines."""
+    found = set()
+    for path in folder.glob("*.jsonl"):
+        with contextlib.suppress(OSError), open(path, "rb") as handle:
+            found |= {point["unit"] for point in parse(handle.read(CHUNK))}
+    return found
 
 
 def _read_notes(path: Path) -> dict[str, tuple[int, int]]:
