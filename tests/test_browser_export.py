@@ -199,6 +199,23 @@ def test_the_command_exports(tiny: RunStore, tmp_path: Path) -> None:
     assert (tmp_path / "site" / "index.html").exists()
 
 
+def test_a_dry_run_says_what_would_be_written(tiny: RunStore, tmp_path: Path) -> None:
+    folder = tmp_path / "site"
+    said = command("export", tiny.root, folder, "--dry-run")
+    assert said.code == 0
+    assert not folder.exists()
+    command("export", tiny.root, folder)
+    n = sum(p.is_file() for p in folder.rglob("*"))
+    assert f"would hold {n:,} files; 0 of that name are there already" in said.out
+    before = {p: p.stat().st_ino for p in folder.rglob("*")}
+    assert f"would hold {n:,} files; {n:,} of that name are there already" in command("export", tiny.root, folder, "--dry-run").out
+    assert {p: p.stat().st_ino for p in folder.rglob("*")} == before
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "x").touch()
+    assert "is not empty and no earlier export" in command("export", tiny.root, other, "--dry-run").complaint
+
+
 def test_an_interrupted_command_says_how_to_go_on(tiny: RunStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt

@@ -364,13 +364,14 @@ def export(
     force: Annotated[
         bool, typer.Option("--force", help="Also remove files of an earlier export that are no longer part of it.")
     ] = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Write the pages that `browse` serves as files for any web server. Labels and their raters' names are among them."""
     from glottoscope.study.browsing import export as export_run
     from glottoscope.study.engine import stop_on_sigterm
 
     stop_on_sigterm()
-    export_run(run_dir, folder, _console(), force)
+    export_run(run_dir, folder, _console(sys.stdout) if dry_run else _console(), force, dry_run=dry_run)
 
 
 @app.command(

@@ -270,18 +270,26 @@ class _FilesPerSecond(ProgressColumn):
         return Text(f"{task.speed:,.1f} files/s" if task.speed else "", style="dim")
 
 
-def export(run: Path, folder: Path, console: Console, force: bool = False) -> None:
-    """Write the site of a run into a folder, with a line of progress, and say what was written.
+def export(run: Path, folder: Path, console: Console, force: bool = False, *, dry_run: bool = False) -> None:
+    """Write the site of a run into a folder, with a line of progress, and say what was written; a dry run says what would be.
 
     Raises:
         InputError: as `open_site`; the folder holds something else, or cannot be written.
         KeyboardInterrupt: stopped; every file is whole, and the same command completes the site.
     """
-    from glottoscope.report.browser.export import export_site
+    from glottoscope.report.browser.export import export_site, plan_export
 
     site = open_site(run)
     for line in site.source.partial:
         console.print(f"note: {line}")
+    if dry_run:
+        planned = plan_export(site, folder, force=force)
+        console.print(f"{folder}: would hold {planned.files:,} files; {planned.there:,} of that name are there already")
+        if planned.left:
+            would = "would be removed" if force else "would be left (--force removes them)"
+            console.print(f"{planned.left:,} files of an earlier export that are no longer part of the site {would}")
+        console.print("nothing was changed")
+        return
     started = time.monotonic()
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _FilesPerSecond(), TimeRemainingColumn(),

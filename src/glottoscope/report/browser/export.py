@@ -67,6 +67,25 @@ def export_site(site: Site, folder: Path, progress: Progress, *, force: bool = F
     return Exported(len(known), size, written, len(gone) if force else 0, 0 if force else len(gone))
 
 
+class Planned(NamedTuple):
+    """What an export would do, as far as names tell."""
+
+    files: int
+    there: int  # of them, files that are there already, perhaps with other bytes
+    left: int  # files of an earlier export that are no longer part of the site
+
+
+def plan_export(site: Site, folder: Path, *, force: bool = False) -> Planned:
+    """What `export_site` would do. Makes no page and writes nothing.
+
+    Raises:
+        InputError: the folder holds something else, as `export_site` finds.
+    """
+    earlier = _earlier(site, folder, force)
+    known = {*site.addresses(), NO_JEKYLL}
+    return Planned(len(known), sum((folder / address).is_file() for address in known), len(earlier - known))
+
+
 def _contents(site: Site, addresses: list[str]) -> Iterator[tuple[str, bytes]]:
     """Every address with its bytes, in order. Packing takes most of the time, and lets other threads run."""
     with ThreadPoolExecutor(THREADS, "export") as pool:
