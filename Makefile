@@ -21,7 +21,7 @@ PIP_FLAGS := --quiet --disable-pip-version-check -c constraints.txt $(if $(TORCH
 help:
 	@echo "make setup      make the .venv and install glottoscope"
 	@echo "make demo       run the embedded study and print where the report is (about 2 minutes on 2 cores, after installation)"
-	@echo "make demo-full  the same with three sizes and the negative control (about 12 minutes)"
+	@echo "make demo-full  the same with three sizes and the negative control (about 10 minutes)"
 	@echo "make test       run the tests"
 	@echo "make test-browser  test the report and the browser's pages in the system's Chromium (playwright drives it; none is downloaded)"
 	@echo "make test-comet  make COMET's own environment in $(COMET) and test scoring with the real package (about 4 minutes)"
